@@ -1,0 +1,1 @@
+"""jaxft: fine-tune ImageNet-pretrained convolutional networks in JAX."""
