@@ -1,0 +1,245 @@
+"""State Farm distracted driver detection: Kaggle's files, checked, built once, read at random."""
+
+import contextlib
+import csv
+import hashlib
+import io
+import stat
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from jaxft.data import Dataset
+
+URL = "https://www.kaggle.com/competitions/state-farm-distracted-driver-detection/data"
+CLASSES = {
+    "c0": "safe driving",
+    "c1": "texting right",
+    "c2": "phone right",
+    "c3": "texting left",
+    "c4": "phone left",
+    "c5": "operating the radio",
+    "c6": "drinking",
+    "c7": "reaching behind",
+    "c8": "hair and makeup",
+    "c9": "talking to passenger",
+}
+"""Kaggle's class → what it shows; a label is the number in Kaggle's name."""
+
+LAYOUT = f"""\
+Expected, as Kaggle serves them ({URL}), either unpacked or not:
+  imgs/train/c0 … c9/*.jpg, imgs/test/*.jpg (test may be absent)   or imgs.zip
+  driver_imgs_list.csv                                             or driver_imgs_list.csv.zip
+or one state-farm-distracted-driver-detection.zip that holds both."""
+
+_CSV = "driver_imgs_list.csv"
+_ZIP = "state-farm-distracted-driver-detection.zip"
+_HEADER = ["subject", "classname", "img"]
+_MAX_FILE = 64 * 2**20  # bytes of one member; Kaggle's images have about 45 kB
+
+
+@dataclass(frozen=True)
+class Example:
+    """One image of the set: where its bytes are and what the csv says of it (class "" and driver "" in test)."""
+
+    path: str  # within the data, "imgs/train/c0/img_1.jpg"
+    classname: str
+    driver: str
+
+    @property
+    def filename(self) -> str:
+        return PurePosixPath(self.path).name
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Kaggle's data, checked: its examples, in the order in which they are built, and how to read one.
+
+    Attributes:
+        splits: "train" in the order of the csv and, where there is one, "test" in the order of the names.
+        read: an example's path → the bytes of its file; not for several threads at once.
+        key: SHA-256 of the csv and of every file's name, size and time of change (in a zip: its checksum).
+    """
+
+    splits: dict[str, tuple[Example, ...]]
+    read: Callable[[str], bytes]
+    key: str
+
+
+def prepare(data_dir: Path, cache_dir: Path, *, split: str = "train") -> Dataset:
+    """Check Kaggle's data, build the TFDS dataset of it under `cache_dir` unless that was done, and open a split.
+
+    Changed data are another build, in another folder; a build that fails leaves nothing that could be taken for one.
+
+    Args:
+        data_dir: the folder that holds what `LAYOUT` says.
+        cache_dir: takes about as many bytes as the images.
+        split: "train", or "test": labels -1, driver "".
+
+    Returns:
+        images as the bytes of Kaggle's files, unchanged; groups are drivers, names are file names; the fingerprint is of
+        this split's contents alone, the same from a folder and from a zip.
+
+    Raises:
+        FileNotFoundError: the folder, the csv or the images are absent.
+        ValueError: csv and images do not agree, a class is empty or unknown, a file is no JPEG, the split is absent.
+    """
+    with contextlib.ExitStack() as stack:
+        layout = open_layout(Path(data_dir), stack)
+        if split not in layout.splits:
+            raise ValueError(f"{data_dir} holds no split {split!r}, only {', '.join(layout.splits)}\n{LAYOUT}")
+        from jaxft.data import statefarm_builder  # tensorflow-datasets takes half a second to import
+
+        return statefarm_builder.build(layout, Path(data_dir), Path(cache_dir), split)
+
+
+def open_layout(data_dir: Path, stack: contextlib.ExitStack) -> Layout:
+    """Find and check Kaggle's files; zips stay open until `stack` closes, and are read in place.
+
+    Raises:
+        FileNotFoundError, ValueError: as `prepare`, except that no image is opened.
+    """
+    files = _find(data_dir, stack)
+    rows = _parse_csv(files[_CSV].read())
+    images: dict[str, _File] = {}
+    folders: dict[str, list[str]] = {}
+    for path, file in files.items():
+        parts = PurePosixPath(path).parts
+        if parts[:2] == ("imgs", "train") and len(parts) >= 3:
+            folder = folders.setdefault(parts[2], [])
+            if len(parts) == 4 and _is_image(parts[3]):
+                folder.append(path)
+                images[path] = file
+        elif parts[:2] == ("imgs", "test") and len(parts) == 3 and _is_image(parts[2]):
+            images[path] = file
+    _check(rows, folders, data_dir)
+    splits = {"train": tuple(Example(f"imgs/train/{c}/{img}", c, subject) for subject, c, img in rows)}
+    if test := sorted(path for path in images if path.startswith("imgs/test/")):
+        splits["test"] = tuple(Example(path, "", "") for path in test)
+    digest = hashlib.sha256(files[_CSV].read())
+    for path in sorted(images):
+        digest.update(f"\0{path}\0{images[path].state}".encode())
+    return Layout(splits, lambda path: images[path].read(), digest.hexdigest())
+
+
+@dataclass(frozen=True)
+class _File:
+    state: str  # differs when the contents do
+    read: Callable[[], bytes]
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith((".jpg", ".jpeg", ".png")) and not name.startswith(".")
+
+
+def _find(data_dir: Path, stack: contextlib.ExitStack) -> dict[str, _File]:
+    """Every file below imgs/, and the csv, by path; a directory without files is there as "imgs/train/c0/."."""
+    if not data_dir.is_dir():
+        what = "is a file, not the folder that holds it" if data_dir.exists() else "does not exist"
+        raise FileNotFoundError(f"the data folder {data_dir} {what}\n{LAYOUT}")
+    files: dict[str, _File] = {}
+    if (data_dir / _ZIP).is_file():
+        files |= _zip_members(data_dir / _ZIP, stack)
+    if (data_dir / f"{_CSV}.zip").is_file():
+        files |= _zip_members(data_dir / f"{_CSV}.zip", stack)
+    if (data_dir / _CSV).is_file():
+        files[_CSV] = _on_disk(data_dir / _CSV)
+    if (data_dir / "imgs").is_dir():
+        files = {path: file for path, file in files.items() if path == _CSV}  # unpacked images go before packed ones
+        for path in sorted((data_dir / "imgs").rglob("*")):
+            name = path.relative_to(data_dir).as_posix()
+            if path.is_dir():
+                files[f"{name}/."] = _File("", bytes)
+            elif _is_image(path.name):
+                files[name] = _on_disk(path)
+    elif (data_dir / "imgs.zip").is_file():
+        for path, file in _zip_members(data_dir / "imgs.zip", stack).items():
+            files[path if path.startswith("imgs/") else f"imgs/{path}"] = file
+    if _CSV not in files:
+        raise FileNotFoundError(f"{data_dir} holds no {_CSV}\n{LAYOUT}")
+    if not any(path.startswith("imgs/train/") for path in files):
+        raise FileNotFoundError(f"{data_dir} holds no imgs/train\n{LAYOUT}")
+    return files
+
+
+def _on_disk(path: Path) -> _File:
+    info = path.stat()
+    if not stat.S_ISREG(info.st_mode):
+        raise ValueError(f"{path} is not a regular file")
+    return _File(f"{info.st_size} {info.st_mtime_ns}", path.read_bytes)
+
+
+def _zip_members(path: Path, stack: contextlib.ExitStack) -> dict[str, _File]:
+    try:
+        archive = stack.enter_context(zipfile.ZipFile(path))
+    except zipfile.BadZipFile as err:
+        raise ValueError(f"{path} is not a whole zip file ({err}); download it again from {URL}") from err
+
+    def reader(info: zipfile.ZipInfo) -> Callable[[], bytes]:
+        def read() -> bytes:
+            try:
+                return archive.read(info)
+            except (zipfile.BadZipFile, EOFError, RuntimeError) as err:  # RuntimeError: encrypted
+                raise ValueError(f"{info.filename} in {path} cannot be read ({err}); download it again") from err
+
+        return read
+
+    files: dict[str, _File] = {}
+    for info in archive.infolist():
+        name = PurePosixPath(info.filename)
+        if name.is_absolute() or ".." in name.parts or "\\" in info.filename or ":" in info.filename:
+            raise ValueError(f"{path} has a member {info.filename!r} that points outside; it is not Kaggle's zip")
+        if info.filename.startswith("__MACOSX/"):
+            continue
+        if info.file_size > _MAX_FILE:
+            raise ValueError(f"{info.filename} in {path} unpacks to {info.file_size:,} bytes; at most {_MAX_FILE:,}")
+        key = f"{name.as_posix()}/." if info.is_dir() else name.as_posix()
+        if key in files:
+            raise ValueError(f"{path} holds {info.filename!r} twice")
+        files[key] = _File(f"{info.file_size} {info.CRC:08x}", reader(info))
+    return files
+
+
+def _parse_csv(data: bytes) -> list[tuple[str, str, str]]:
+    try:
+        lines = list(csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True))
+    except (UnicodeDecodeError, csv.Error) as err:
+        raise ValueError(f"{_CSV} is not a csv file ({err})") from err
+    header = lines[0] if lines else []
+    if header != _HEADER:
+        raise ValueError(f"{_CSV} begins with {','.join(header)!r}, expected {','.join(_HEADER)!r}")
+    rows = []
+    for number, line in enumerate(lines[1:], 2):
+        if not line:
+            continue
+        if len(line) != 3 or not all(line):
+            raise ValueError(f"{_CSV}, line {number}: expected {','.join(_HEADER)}, found {','.join(line)!r}")
+        subject, classname, img = line
+        if classname not in CLASSES:
+            raise ValueError(f"{_CSV}, line {number}: unknown class {classname!r}, expected {', '.join(CLASSES)}")
+        rows.append((subject, classname, img))
+    return rows
+
+
+def _check(rows: list[tuple[str, str, str]], folders: dict[str, list[str]], data_dir: Path) -> None:
+    def fail(what: str, names: Iterable[str], remedy: str) -> None:
+        if found := sorted(names):
+            more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+            raise ValueError(f"{data_dir}: {what}: {', '.join(found[:5])}{more}; {remedy}")
+
+    folders = {name: paths for name, paths in folders.items() if name != "."}
+    classes = {f"imgs/train/{name}" for name in CLASSES}
+    again = "restore it from Kaggle's files"
+    fail("unknown class folder", {f"imgs/train/{f}" for f in folders} - classes, f"expected {', '.join(CLASSES)}")
+    fail("missing class folder", classes - {f"imgs/train/{f}" for f in folders}, again)
+    fail("empty class folder", (f"imgs/train/{f}" for f, paths in folders.items() if not paths), again)
+    twice = [img for img, n in Counter(img for _, _, img in rows).items() if n > 1]
+    fail(f"{_CSV} names an image more than once", twice, "each image has one driver and one class")
+    on_disk = [path for paths in folders.values() for path in paths]
+    double = [name for name, n in Counter(PurePosixPath(p).name for p in on_disk).items() if n > 1]
+    fail("image in more than one class folder", double, "keep the one that the csv names")
+    named = {f"imgs/train/{classname}/{img}" for _, classname, img in rows}
+    fail(f"{_CSV} names a missing image", named - set(on_disk), again)
+    fail(f"image that {_CSV} does not name", set(on_disk) - named, "its driver is unknown: remove it or add its row")
