@@ -60,7 +60,8 @@ def jpeg_size(data: bytes, name: str) -> tuple[int, int]:
 
 def _jpeg_header(data: bytes, name: str) -> tuple[int, int, str]:
     try:
-        height, width, space, _ = simplejpeg.decode_jpeg_header(data)
+        rows, columns, space, _ = simplejpeg.decode_jpeg_header(data)
+        height, width = int(rows), int(columns)
     except ValueError:  # corrupt, or a rare subsampling that libjpeg-turbo does not name: Pillow decides
         with _open(data, name) as opened:
             height, width, space = opened.height, opened.width, "for Pillow"

@@ -1,11 +1,12 @@
 """State Farm distracted driver detection: Kaggle's files, checked, built once, read at random."""
 
-import contextlib
 import csv
 import hashlib
 import io
-import stat
+import itertools
+import os
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -79,49 +80,48 @@ def prepare(data_dir: Path, cache_dir: Path, *, split: str = "train") -> Dataset
         split: "train", or "test": labels -1, driver "".
 
     Returns:
-        images as the bytes of Kaggle's files, unchanged; groups are drivers, names are file names; the fingerprint is of
-        this split's contents alone, the same from a folder and from a zip.
+        images as the bytes of Kaggle's files, unchanged; groups are drivers, names are file names; the fingerprint is
+        of this split's contents alone, the same from a folder and from a zip.
 
     Raises:
-        FileNotFoundError: the folder, the csv or the images are absent.
+        FileNotFoundError: the folder, the csv or the images are absent, or files of the build are.
         ValueError: csv and images do not agree, a class is empty or unknown, a file is no JPEG, the split is absent.
     """
-    with contextlib.ExitStack() as stack:
-        layout = open_layout(Path(data_dir), stack)
-        if split not in layout.splits:
-            raise ValueError(f"{data_dir} holds no split {split!r}, only {', '.join(layout.splits)}\n{LAYOUT}")
-        from jaxft.data import statefarm_builder  # tensorflow-datasets takes half a second to import
+    layout = open_layout(Path(data_dir))
+    if split not in layout.splits:
+        raise ValueError(f"{data_dir} holds no split {split!r}, only {', '.join(layout.splits)}\n{LAYOUT}")
+    from jaxft.data import statefarm_builder  # tensorflow-datasets takes half a second to import
 
-        return statefarm_builder.build(layout, Path(data_dir), Path(cache_dir), split)
+    return statefarm_builder.build(layout, Path(data_dir), Path(cache_dir), split)
 
 
-def open_layout(data_dir: Path, stack: contextlib.ExitStack) -> Layout:
-    """Find and check Kaggle's files; zips stay open until `stack` closes, and are read in place.
+def open_layout(data_dir: Path) -> Layout:
+    """Find and check Kaggle's files; zips are read in place, and stay open as long as the layout lives.
 
     Raises:
         FileNotFoundError, ValueError: as `prepare`, except that no image is opened.
     """
-    files = _find(data_dir, stack)
-    rows = _parse_csv(files[_CSV].read())
-    images: dict[str, _File] = {}
+    files = _find(data_dir)
+    data = files[_CSV].read()
+    rows = _parse_csv(data)
     folders: dict[str, list[str]] = {}
-    for path, file in files.items():
+    test: list[str] = []
+    for path in files:
         parts = PurePosixPath(path).parts
-        if parts[:2] == ("imgs", "train") and len(parts) >= 3:
+        if parts[:2] == ("imgs", "train") and (len(parts) == 4 or path.endswith("/.")) and len(parts) > 2:
             folder = folders.setdefault(parts[2], [])
             if len(parts) == 4 and _is_image(parts[3]):
                 folder.append(path)
-                images[path] = file
         elif parts[:2] == ("imgs", "test") and len(parts) == 3 and _is_image(parts[2]):
-            images[path] = file
+            test.append(path)
     _check(rows, folders, data_dir)
     splits = {"train": tuple(Example(f"imgs/train/{c}/{img}", c, subject) for subject, c, img in rows)}
-    if test := sorted(path for path in images if path.startswith("imgs/test/")):
-        splits["test"] = tuple(Example(path, "", "") for path in test)
-    digest = hashlib.sha256(files[_CSV].read())
-    for path in sorted(images):
-        digest.update(f"\0{path}\0{images[path].state}".encode())
-    return Layout(splits, lambda path: images[path].read(), digest.hexdigest())
+    if test:
+        splits["test"] = tuple(Example(path, "", "") for path in sorted(test))
+    digest = hashlib.sha256(data)
+    for example in itertools.chain.from_iterable(splits.values()):
+        digest.update(f"\0{example.path}\0{files[example.path].state}".encode())
+    return Layout(splits, lambda path: files[path].read(), digest.hexdigest())
 
 
 @dataclass(frozen=True)
@@ -134,46 +134,47 @@ def _is_image(name: str) -> bool:
     return name.lower().endswith((".jpg", ".jpeg", ".png")) and not name.startswith(".")
 
 
-def _find(data_dir: Path, stack: contextlib.ExitStack) -> dict[str, _File]:
-    """Every file below imgs/, and the csv, by path; a directory without files is there as "imgs/train/c0/."."""
+def _find(data_dir: Path) -> dict[str, _File]:
+    """The csv and everything in imgs/, by path; a folder is there as "imgs/train/c0/."."""
     if not data_dir.is_dir():
         what = "is a file, not the folder that holds it" if data_dir.exists() else "does not exist"
         raise FileNotFoundError(f"the data folder {data_dir} {what}\n{LAYOUT}")
     files: dict[str, _File] = {}
     if (data_dir / _ZIP).is_file():
-        files |= _zip_members(data_dir / _ZIP, stack)
+        files |= _zip_members(data_dir / _ZIP)
     if (data_dir / f"{_CSV}.zip").is_file():
-        files |= _zip_members(data_dir / f"{_CSV}.zip", stack)
+        files |= _zip_members(data_dir / f"{_CSV}.zip")
     if (data_dir / _CSV).is_file():
         files[_CSV] = _on_disk(data_dir / _CSV)
-    if (data_dir / "imgs").is_dir():
-        files = {path: file for path, file in files.items() if path == _CSV}  # unpacked images go before packed ones
-        for path in sorted((data_dir / "imgs").rglob("*")):
-            name = path.relative_to(data_dir).as_posix()
-            if path.is_dir():
+    # Unpacked images go before packed ones, never both.
+    unpacked, packed = data_dir / "imgs", data_dir / "imgs.zip"
+    if unpacked.is_dir() or packed.is_file():
+        files = {path: file for path, file in files.items() if path == _CSV}
+    if unpacked.is_dir():
+        for folder in [*unpacked.glob("train/*/"), unpacked / "test"]:
+            if folder.is_dir() and not folder.name.startswith("."):
+                name = folder.relative_to(data_dir).as_posix()
                 files[f"{name}/."] = _File("", bytes)
-            elif _is_image(path.name):
-                files[name] = _on_disk(path)
-    elif (data_dir / "imgs.zip").is_file():
-        for path, file in _zip_members(data_dir / "imgs.zip", stack).items():
+                with os.scandir(folder) as entries:
+                    files |= {f"{name}/{e.name}": _on_disk(Path(e.path)) for e in entries if _is_image(e.name)}
+    elif packed.is_file():
+        for path, file in _zip_members(packed).items():  # Kaggle's own holds train/ and test/
             files[path if path.startswith("imgs/") else f"imgs/{path}"] = file
-    if _CSV not in files:
-        raise FileNotFoundError(f"{data_dir} holds no {_CSV}\n{LAYOUT}")
-    if not any(path.startswith("imgs/train/") for path in files):
-        raise FileNotFoundError(f"{data_dir} holds no imgs/train\n{LAYOUT}")
+    for wanted in (_CSV, "imgs/train/"):
+        if not any(path.startswith(wanted) for path in files):
+            found = ", ".join(sorted(path.name for path in data_dir.iterdir())[:8]) or "nothing"
+            raise FileNotFoundError(f"{data_dir} holds no {wanted} (found: {found})\n{LAYOUT}")
     return files
 
 
 def _on_disk(path: Path) -> _File:
     info = path.stat()
-    if not stat.S_ISREG(info.st_mode):
-        raise ValueError(f"{path} is not a regular file")
     return _File(f"{info.st_size} {info.st_mtime_ns}", path.read_bytes)
 
 
-def _zip_members(path: Path, stack: contextlib.ExitStack) -> dict[str, _File]:
+def _zip_members(path: Path) -> dict[str, _File]:
     try:
-        archive = stack.enter_context(zipfile.ZipFile(path))
+        archive = zipfile.ZipFile(path)
     except zipfile.BadZipFile as err:
         raise ValueError(f"{path} is not a whole zip file ({err}); download it again from {URL}") from err
 
@@ -181,7 +182,8 @@ def _zip_members(path: Path, stack: contextlib.ExitStack) -> dict[str, _File]:
         def read() -> bytes:
             try:
                 return archive.read(info)
-            except (zipfile.BadZipFile, EOFError, RuntimeError) as err:  # RuntimeError: encrypted
+            # RuntimeError: encrypted; NotImplementedError, its subclass: an unknown compression.
+            except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as err:
                 raise ValueError(f"{info.filename} in {path} cannot be read ({err}); download it again") from err
 
         return read
@@ -229,7 +231,6 @@ def _check(rows: list[tuple[str, str, str]], folders: dict[str, list[str]], data
             more = f" and {len(found) - 5} more" if len(found) > 5 else ""
             raise ValueError(f"{data_dir}: {what}: {', '.join(found[:5])}{more}; {remedy}")
 
-    folders = {name: paths for name, paths in folders.items() if name != "."}
     classes = {f"imgs/train/{name}" for name in CLASSES}
     again = "restore it from Kaggle's files"
     fail("unknown class folder", {f"imgs/train/{f}" for f in folders} - classes, f"expected {', '.join(CLASSES)}")

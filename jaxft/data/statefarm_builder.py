@@ -62,12 +62,12 @@ class StateFarmDistractedDriver(tfds.core.ShardBasedBuilder):
         )
 
     def _shard_iterators_per_split(self, dl_manager: tfds.download.DownloadManager) -> dict[str, list[Callable]]:
-        # The zips, if any, stay open for the generators and close with the last reference to them.
-        layout = statefarm.open_layout(Path(dl_manager.manual_dir), contextlib.ExitStack())
+        layout = statefarm.open_layout(Path(dl_manager.manual_dir))
         columns: dict[str, dict[str, Any]] = {
             split: {"labels": [], "drivers": [], "filenames": [], "sha256": ""} for split in layout.splits
         }
-        self.info.metadata.update(columns)  # written beside the records when all are
+        metadata: Any = self.info.metadata
+        metadata.update(columns)  # written to a file when all records are
         return {
             split: [
                 functools.partial(self._generate_shard, layout, examples[first : first + _SHARD], columns[split])
@@ -96,21 +96,20 @@ class StateFarmDistractedDriver(tfds.core.ShardBasedBuilder):
 
 def build(layout: statefarm.Layout, data_dir: Path, cache_dir: Path, split: str) -> Dataset:
     """Open `split` of the build of this very layout, after building it where it is not there yet."""
-    builder = StateFarmDistractedDriver(
-        data_dir=cache_dir / "statefarm" / layout.key[:16], file_format=tfds.core.FileFormat.ARRAY_RECORD
-    )
-    if not builder.data_path.exists():  # it appears, whole, by renaming
-        config = tfds.download.DownloadConfig(
-            manual_dir=data_dir, try_download_gcs=False, compute_stats=tfds.download.ComputeStatsMode.SKIP
-        )
-        console = Console(stderr=True)
-        # tensorflow-datasets prints two announcements of unknown sizes to stdout.
-        with Progress(console=console, disable=not console.is_terminal) as progress, _silence():
-            task = progress.add_task("Reading State Farm", total=sum(map(len, layout.splits.values())))
-            builder.on_example = functools.partial(progress.advance, task)
-            builder.download_and_prepare(download_config=config)
-    columns = builder.info.metadata[split]
-    records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    place = cache_dir / "statefarm" / layout.key[:16]
+    if not _builder(place).data_path.exists():  # it appears, whole, by renaming
+        try:
+            _generate(layout, data_dir, place)
+        except OSError:
+            if not _builder(place).data_path.exists():  # else another process was faster: the renaming failed
+                raise
+    builder = _builder(place)
+    missing = [path.name for path in builder.info.splits[split].filepaths if not path.exists()]
+    if missing:
+        raise FileNotFoundError(f"{builder.data_path} lacks {', '.join(missing[:5])}: delete that folder and run again")
+    metadata: Any = builder.info.metadata
+    columns = metadata[split]
+    records = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
     return Dataset(
         name=f"State Farm, {split}",
         images=_Images(records),
@@ -122,8 +121,22 @@ def build(layout: statefarm.Layout, data_dir: Path, cache_dir: Path, split: str)
     )
 
 
-def _silence() -> contextlib.redirect_stdout:
-    return contextlib.redirect_stdout(io.StringIO())
+def _builder(place: Path) -> StateFarmDistractedDriver:
+    return StateFarmDistractedDriver(data_dir=place, file_format=tfds.core.FileFormat.ARRAY_RECORD)
+
+
+def _generate(layout: statefarm.Layout, data_dir: Path, place: Path) -> None:
+    config = tfds.download.DownloadConfig(
+        manual_dir=data_dir, try_download_gcs=False, compute_stats=tfds.download.ComputeStatsMode.SKIP
+    )
+    builder = _builder(place)
+    console = Console(stderr=True)
+    # tensorflow-datasets announces itself on stdout, with sizes that it does not know.
+    quiet = contextlib.redirect_stdout(io.StringIO())
+    with Progress(console=console, disable=not console.is_terminal) as progress, quiet:
+        task = progress.add_task("Reading State Farm", total=sum(map(len, layout.splits.values())))
+        builder.on_example = functools.partial(progress.advance, task)
+        builder.download_and_prepare(download_config=config)
 
 
 @dataclass(frozen=True)
