@@ -195,8 +195,8 @@ def _row(
     step: int, steps_per_epoch: int, sums: dict[str, float], lr: float, predictions: Predictions, batch: Batch
 ) -> dict[str, float]:
     means = {f"train_{name}": sums[name] / sums["steps"] for name in METRICS}
-    # The first step of a process compiles and is not timed; an epoch of that one step alone has no rate.
-    rate = sums["timed_steps"] * len(batch["label"]) / sums["seconds"] if sums["timed_steps"] else math.nan
+    # The first step of a process compiles and is not timed; an epoch of that step alone has rate 0.
+    rate = sums["timed_steps"] * len(batch["label"]) / sums["seconds"] if sums["timed_steps"] else 0.0
     return {
         "epoch": step // steps_per_epoch,
         "step": step,

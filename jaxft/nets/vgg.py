@@ -140,3 +140,17 @@ def spec(depths: tuple[int, ...], notop_md5: str, md5: str) -> Spec:
         head="predictions",
         classifier=("fc1", "fc2", "predictions"),
     )
+
+
+def head(text: str) -> tuple[int, ...] | None:
+    """A head as a command line names it: `fc`, `gap` or `gap:4096,2048` → the `head` field of `VGG`.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    kind, _, widths = text.partition(":")
+    if text in ("fc", "gap"):
+        return None if text == "fc" else ()
+    if kind == "gap" and all(width.isdecimal() and int(width) for width in widths.split(",")):
+        return tuple(int(width) for width in widths.split(","))
+    raise ValueError(f"head={text!r} is not fc, gap, or gap: with the widths of hidden layers, as in gap:4096,2048")
