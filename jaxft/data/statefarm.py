@@ -108,7 +108,9 @@ def open_layout(data_dir: Path) -> Layout:
     test: list[str] = []
     for path in files:
         parts = PurePosixPath(path).parts
-        if parts[:2] == ("imgs", "train") and (len(parts) == 4 or path.endswith("/.")) and len(parts) > 2:
+        if any(part.startswith(".") for part in parts):  # .ipynb_checkpoints, ._img_1.jpg
+            continue
+        if parts[:2] == ("imgs", "train") and len(parts) > 2 and (len(parts) == 4 or path.endswith("/.")):
             folder = folders.setdefault(parts[2], [])
             if len(parts) == 4 and _is_image(parts[3]):
                 folder.append(path)
@@ -131,7 +133,7 @@ class _File:
 
 
 def _is_image(name: str) -> bool:
-    return name.lower().endswith((".jpg", ".jpeg", ".png")) and not name.startswith(".")
+    return name.lower().endswith((".jpg", ".jpeg", ".png"))
 
 
 def _find(data_dir: Path) -> dict[str, _File]:
@@ -152,7 +154,7 @@ def _find(data_dir: Path) -> dict[str, _File]:
         files = {path: file for path, file in files.items() if path == _CSV}
     if unpacked.is_dir():
         for folder in [*unpacked.glob("train/*/"), unpacked / "test"]:
-            if folder.is_dir() and not folder.name.startswith("."):
+            if folder.is_dir():
                 name = folder.relative_to(data_dir).as_posix()
                 files[f"{name}/."] = _File("", bytes)
                 with os.scandir(folder) as entries:

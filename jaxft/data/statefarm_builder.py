@@ -103,13 +103,12 @@ def build(layout: statefarm.Layout, data_dir: Path, cache_dir: Path, split: str)
         except OSError:
             if not _builder(place).data_path.exists():  # else another process was faster: the renaming failed
                 raise
-    builder = _builder(place)
+    builder: Any = _builder(place)  # tensorflow-datasets' decorators hide its signatures
     missing = [path.name for path in builder.info.splits[split].filepaths if not path.exists()]
     if missing:
         raise FileNotFoundError(f"{builder.data_path} lacks {', '.join(missing[:5])}: delete that folder and run again")
-    metadata: Any = builder.info.metadata
-    columns = metadata[split]
-    records = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
+    columns = builder.info.metadata[split]
+    records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
     return Dataset(
         name=f"State Farm, {split}",
         images=_Images(records),

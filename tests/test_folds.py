@@ -1,0 +1,105 @@
+"""Driver folds and stratified splits."""
+
+import numpy as np
+import pytest
+
+from jaxft.data import folds
+
+# Images of each of State Farm's 26 drivers, p002 to p081.
+STATE_FARM = (
+    725, 823, 876, 875, 1078, 1237, 1233, 1226, 1196, 848, 651, 605, 591,
+    724, 835, 1011, 790, 920, 740, 794, 809, 820, 1034, 346, 814, 823,
+)  # fmt: skip
+
+
+def state_farm_groups() -> list[str]:
+    groups = [f"p{driver:03}" for driver, count in enumerate(STATE_FARM) for _ in range(count)]
+    return list(np.random.default_rng(0).permutation(groups))
+
+
+@pytest.mark.parametrize("count", [2, 5, 10, 13, 26])
+def test_drivers_stay_whole_and_every_fold_has_some(count):
+    """Fails when a driver is divided between folds, or a fold is empty."""
+    groups = state_farm_groups()
+    fold_of = folds.driver_folds(groups, count)
+    assert fold_of.shape == (22_424,) and fold_of.dtype == np.int32
+    assert len(set(zip(groups, fold_of.tolist(), strict=True))) == 26
+    assert set(fold_of.tolist()) == set(range(count))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_folds_are_balanced_by_images(seed):
+    """Fails when folds are equal in drivers rather than in images, or the seed's blur unbalances them."""
+    sizes = np.bincount(folds.driver_folds(state_farm_groups(), 5, seed=seed))
+    assert sizes.max() / sizes.min() < 1.12, sizes
+
+
+def test_folds_depend_on_the_seed_and_not_on_the_order_of_examples():
+    """Fails when the seed is ignored, a set's iteration order (hash randomisation) leaks in, or rows decide."""
+    groups = state_farm_groups()
+    first = dict(zip(groups, folds.driver_folds(groups, 5, seed=0).tolist(), strict=True))
+    again = dict(zip(groups[::-1], folds.driver_folds(groups[::-1], 5, seed=0).tolist(), strict=True))
+    assert first == again
+
+    def partition(seed):
+        fold_of = folds.driver_folds(groups, 5, seed=seed)
+        return {frozenset(g for g, f in zip(groups, fold_of.tolist(), strict=True) if f == fold) for fold in range(5)}
+
+    assert partition(0) != partition(1)
+
+
+def test_split_is_the_fold_and_its_complement():
+    """Fails when train and test are swapped, overlap, or lose an example."""
+    groups = ["a"] * 4 + ["b"] * 3 + ["a"] + ["c"] * 2
+    tests = []
+    for fold in range(3):
+        train, test = folds.split(groups, fold, 3)
+        assert sorted([*train, *test]) == list(range(10))
+        assert len(train) > len(test) > 0 or len(test) == 5
+        assert len({groups[i] for i in test}) == 1
+        assert not {groups[i] for i in test} & {groups[i] for i in train}
+        tests.extend(test.tolist())
+    assert sorted(tests) == list(range(10))
+
+
+@pytest.mark.parametrize(
+    ("groups", "fold", "count", "message"),
+    [
+        (["a", "b", "c"], 3, 3, "fold 3 does not exist: 3 folds are numbered 0 to 2"),
+        (["a", "b", "c"], -1, 3, "fold -1 does not exist"),
+        (["a", "b", "c"], 0, 4, "4 folds of 3 drivers: a fold with no drivers"),
+        (["a", "b", "c"], 0, 1, "leaves nothing to train on"),
+        (["a", "a"], 0, 2, "at least two drivers, found 1: a"),
+        ([], 0, 2, "at least two drivers, found 0"),
+    ],
+)
+def test_impossible_folds_are_refused(groups, fold, count, message):
+    """Fails when an impossible fold gives an empty or a wrong set instead of an error."""
+    with pytest.raises(ValueError, match=message):
+        folds.split(groups, fold, count)
+
+
+def test_stratified_split_has_the_exact_sizes_of_the_paper():
+    """Fails when rounding in each stratum by itself gives 1,967 or 1,970 where the paper has 1,968 of 2,624."""
+    rng = np.random.default_rng(0)
+    strata = list(zip(rng.integers(0, 4, 2624).tolist(), rng.integers(0, 2, 2624).tolist(), strict=True))
+    first, second = folds.stratified_split(strata, 0.75)
+    assert (len(first), len(second)) == (1968, 656)
+    assert sorted([*first, *second]) == list(range(2624))
+    for stratum in set(strata):
+        members = [i for i, s in enumerate(strata) if s == stratum]
+        assert abs(len(set(members) & set(first.tolist())) - 0.75 * len(members)) < 1
+
+
+def test_stratified_split_follows_its_seed():
+    """Fails when the seed is ignored or the split is not deterministic."""
+    strata = [0, 1] * 50
+    one, same, other = (folds.stratified_split(strata, 0.5, seed)[0].tolist() for seed in (1, 1, 2))
+    assert one == same != other
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.5, 1.5, 0.01, 0.99])
+def test_a_split_with_an_empty_part_is_refused(fraction):
+    """Fails when a part comes out empty without a word."""
+    with pytest.raises(ValueError, match="leaves a part empty"):
+        folds.stratified_split([0] * 10, fraction)

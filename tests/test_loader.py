@@ -1,0 +1,372 @@
+"""Decoding and batches."""
+
+import contextlib
+import io
+import subprocess
+import sys
+import threading
+import time
+import zlib
+
+import numpy as np
+import pytest
+import simplejpeg
+from PIL import Image
+
+from jaxft.data import Dataset, decode, loader
+
+SIZE = (16, 24)
+
+
+def picture(i: int, height: int = 48, width: int = 64) -> np.ndarray:
+    """A smooth picture, different for each i."""
+    y, x = np.mgrid[:height, :width]
+    return np.stack([(x * 3 + i * 7) % 256, (y * 4 + i * 13) % 256, np.full_like(x, i * 5 % 256)], -1).astype(np.uint8)
+
+
+def encoded(array: np.ndarray, kind: str = "JPEG", mode: str = "RGB") -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(array).convert(mode).save(buffer, kind)
+    return buffer.getvalue()
+
+
+class Counting:
+    """Images that count how often each was asked for."""
+
+    def __init__(self, images):
+        self.images, self.counts, self.lock = images, [0] * len(images), threading.Lock()
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index, /):
+        with self.lock:
+            self.counts[index] += 1
+        return self.images[index]
+
+
+def dataset(count: int = 20, images=None) -> Dataset:
+    images = [encoded(picture(i)) for i in range(count)] if images is None else images
+    count = len(images)
+    names = tuple(f"img_{i}.jpg" for i in range(count))
+    return Dataset(
+        "test", images, np.arange(count, dtype=np.int32) % 10, ("d",) * count, names, tuple("0123456789"), "0"
+    )
+
+
+@pytest.fixture(scope="module")
+def small() -> Dataset:
+    return dataset()
+
+
+def train(data, indices=range(20), **options):
+    options = {"batch_size": 6, "image_size": SIZE, "seed": 3, "workers": 2} | options
+    return list(loader.train_batches(data, indices, **options))
+
+
+def assert_equal(left, right):
+    assert len(left) == len(right)
+    for one, other in zip(left, right, strict=True):
+        assert one.keys() == other.keys()
+        for key in one:
+            np.testing.assert_array_equal(one[key], other[key], strict=True)
+
+
+def test_batches_have_the_promised_shapes_and_contents(small):
+    """Fails when image, label and index of a row come from different examples, or dtypes drift."""
+    (batch,) = train(small, num_steps=1)
+    assert {k: (v.dtype, v.shape) for k, v in batch.items()} == {
+        "image": (np.uint8, (6, 16, 24, 3)),
+        "label": (np.int32, (6,)),
+        "index": (np.int32, (6,)),
+    }
+    for image, label, index in zip(batch["image"], batch["label"], batch["index"], strict=True):
+        assert label == index % 10
+        np.testing.assert_array_equal(image, decode.rgb(small.images[index], SIZE, ""))
+
+
+@pytest.mark.parametrize("start", [1, 3, 4, 10])
+def test_starting_at_a_step_gives_the_tail(small, start):
+    """Fails when a batch depends on those before it: a resumed run would see other images."""
+    assert_equal(train(small, num_steps=11)[start:], train(small, start_step=start, num_steps=11 - start))
+
+
+def test_worker_count_changes_nothing(small):
+    """Fails when batches come in the order in which threads finish."""
+    assert_equal(train(small, num_steps=9, workers=1), train(small, num_steps=9, workers=5))
+
+
+def test_an_epoch_is_a_permutation_without_its_remainder(small):
+    """Fails when an example is drawn twice in an epoch, or batches straddle epochs."""
+    indices = [1, 2, 3, 5, 8, 13, 17, 19]
+    batches = train(small, indices, batch_size=3, num_steps=60)
+    left_out = set()
+    for epoch in range(30):
+        seen = np.concatenate([b["index"] for b in batches[2 * epoch : 2 * epoch + 2]]).tolist()
+        assert len(set(seen)) == 6 and set(seen) <= set(indices)
+        left_out |= set(indices) - set(seen)
+    assert left_out == set(indices)  # the remainder is another in each epoch
+
+
+def test_epochs_and_seeds_differ(small):
+    """Fails when the order is not reshuffled, or the seed is ignored."""
+
+    def orders(seed):
+        return [tuple(b["index"]) for b in train(small, batch_size=20, num_steps=5, seed=seed)]
+
+    assert len(set(orders(0) + orders(1))) == 10
+
+
+def test_the_order_is_pinned(small):
+    """Fails when a new version draws another order: a run begun with the old one would not resume."""
+    (batch,) = train(small, batch_size=20, num_steps=1, seed=0)
+    assert batch["index"].tolist() == [11, 3, 13, 2, 15, 1, 18, 19, 17, 8, 6, 0, 7, 14, 4, 10, 12, 16, 5, 9]
+
+
+def test_processes_share_out_the_global_batch(small):
+    """Fails when processes overlap, or the rows depend on how many there are."""
+    whole = train(small, num_steps=4)
+    parts = [train(small, num_steps=4, process_index=i, process_count=3) for i in range(3)]
+    joined = [{k: np.concatenate([p[k] for p in step]) for k in step[0]} for step in zip(*parts, strict=True)]
+    assert_equal(whole, joined)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 7, 20, 32])
+def test_evaluation_covers_each_example_once(small, batch_size):
+    """Fails when the last partial batch is dropped, repeated, or not of the full size."""
+    indices = [19, *range(0, 18, 2), 5, 3]
+    batches = list(loader.eval_batches(small, indices, batch_size=batch_size, image_size=SIZE, workers=2))
+    assert all(b["image"].shape == (batch_size, *SIZE, 3) for b in batches)
+    real = np.concatenate([b["weight"] for b in batches]) == 1
+    index = np.concatenate([b["index"] for b in batches])
+    label = np.concatenate([b["label"] for b in batches])
+    assert batches[0]["weight"].dtype == np.float32
+    assert index[real].tolist() == indices
+    assert label[real].tolist() == [i % 10 for i in indices]
+    assert index[~real].tolist() == [-1] * (-len(indices) % batch_size)
+    assert not np.concatenate([b["image"] for b in batches])[~real].any()
+
+
+def test_evaluation_by_processes_covers_each_example_once(small):
+    """Fails when padding is decided by the process's own rows: processes would take different numbers of steps."""
+    parts = [
+        list(
+            loader.eval_batches(
+                small, range(9), batch_size=8, image_size=SIZE, workers=1, process_index=i, process_count=4
+            )
+        )
+        for i in range(4)
+    ]
+    assert [len(p) for p in parts] == [2] * 4
+    rows = [np.concatenate([p[step][k] for p in parts]) for step in range(2) for k in ("index",)]
+    assert np.concatenate(rows).tolist() == [*range(9)] + [-1] * 7
+
+
+@pytest.mark.parametrize(
+    ("indices", "options", "message"),
+    [
+        ([], {}, "the set is empty"),
+        (range(5), {}, "batch_size 6: a set of 5 examples gives batches of 1 to 5"),
+        (range(20), {"batch_size": 0}, "batch_size 0"),
+        (range(20), {"process_count": 4}, "batch_size 6 does not divide among 4 processes"),
+        (range(20), {"process_index": 2, "process_count": 2}, "process_index 2"),
+        (range(20), {"start_step": -1}, "start_step -1"),
+        (range(20), {"seed": -1}, "seed -1"),
+        (range(20), {"workers": 0}, "workers 0"),
+        ([0, 20, 1, 2, 3, 4], {}, "within 0 to 19"),
+        ([-1, 2, 1, 2, 3, 4], {}, "within 0 to 19"),
+    ],
+)
+def test_impossible_training_is_refused_at_once(small, indices, options, message):
+    """Fails when the error waits for the first batch, or comes as an index error from a thread."""
+    options = {"batch_size": 6, "image_size": SIZE, "seed": 3} | options
+    with pytest.raises(ValueError, match=message):
+        loader.train_batches(small, indices, **options)
+
+
+def test_impossible_evaluation_is_refused_at_once(small):
+    """Fails when an empty set evaluates to nothing, silently."""
+    with pytest.raises(ValueError, match="the set is empty"):
+        loader.eval_batches(small, [], batch_size=4, image_size=SIZE)
+    with pytest.raises(ValueError, match="batch_size 0"):
+        loader.eval_batches(small, [1], batch_size=0, image_size=SIZE)
+
+
+def test_a_corrupt_image_is_named_by_the_batch_that_needs_it():
+    """Fails when the thread's error loses the file's name, or a half-decoded image passes."""
+    images = [encoded(picture(i)) for i in range(8)]
+    images[5] = images[5][:-40]
+    batches = loader.eval_batches(dataset(images=images), range(8), batch_size=2, image_size=SIZE, workers=2)
+    assert next(batches)["index"].tolist() == [0, 1]
+    next(batches)
+    with pytest.raises(ValueError) as caught:
+        next(batches)
+    assert str(caught.value) == ("image img_5.jpg is a corrupt JPEG (Premature end of JPEG file); replace or remove it")
+
+
+def test_closing_stops_the_workers(small):
+    """Fails when threads of an unfinished iterator live on."""
+
+    def workers():
+        return [t for t in threading.enumerate() if t.name.startswith("grain-prefetch")]
+
+    before = set(workers())
+    batches = loader.train_batches(small, range(20), batch_size=6, image_size=SIZE, seed=0, workers=3)
+    with contextlib.closing(batches):
+        next(batches)
+        assert set(workers()) - before
+    deadline = time.monotonic() + 5
+    while set(workers()) - before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not set(workers()) - before
+
+
+def test_an_unfinished_iterator_does_not_hold_up_the_exit():
+    """Fails when the interpreter hangs or complains at exit with batches still being made."""
+    program = """
+import numpy as np
+from jaxft.data import Dataset, loader
+images = [np.full((8, 8, 3), i, np.uint8) for i in range(4)]
+data = Dataset("t", images, np.zeros(4, np.int32), ("d",) * 4, tuple("abcd"), ("x",), "")
+batches = loader.train_batches(data, range(4), batch_size=2, image_size=(8, 8), seed=0)
+next(batches)
+print("done")
+"""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "done", "")
+
+
+def test_decoded_once_gives_the_same_batches_and_decodes_once():
+    """Fails when the memory returns another image, or every epoch decodes anew."""
+    images = Counting([encoded(picture(i)) for i in range(12)])
+    data = dataset(images=images)
+    plain = train(data, range(12), num_steps=6)
+    images.counts = [0] * 12
+    kept = loader.decoded_once(data, SIZE)
+    assert_equal(plain, train(kept, range(12), num_steps=6, workers=1))
+    assert images.counts == [1] * 12
+    batch = next(loader.eval_batches(kept, [3], batch_size=1, image_size=SIZE, workers=1))
+    batch["image"][:] = 0  # a batch that its receiver changes must not change the memory
+    assert next(loader.eval_batches(kept, [3], batch_size=1, image_size=SIZE, workers=1))["image"].any()
+
+
+def test_decoded_once_declines_what_does_not_fit(small):
+    """Fails when the limit is not held, or is off by a factor of the channels."""
+    needed = 20 * SIZE[0] * SIZE[1] * 3
+    assert loader.decoded_once(small, SIZE, max_bytes=needed - 1) is small
+    assert loader.decoded_once(small, SIZE, max_bytes=needed) is not small
+
+
+# Decoding.
+
+
+def reference(array: np.ndarray) -> np.ndarray:
+    return np.asarray(Image.fromarray(array).resize(SIZE[::-1], Image.Resampling.BOX)).astype(int)
+
+
+@pytest.mark.parametrize(("kind", "tolerance"), [("JPEG", 6), ("PNG", 4)])
+def test_colours_come_out_as_rgb(kind, tolerance):
+    """Fails when red and blue, or height and width, are exchanged."""
+    array = np.zeros((48, 64, 3), np.uint8)
+    array[:24, :, 0], array[24:, :, 2] = 200, 120
+    found = decode.rgb(encoded(array, kind), SIZE, "").astype(int)
+    assert found.shape == (16, 24, 3)
+    assert np.abs(found[[0, 15]] - [[[200, 0, 0]], [[0, 0, 120]]]).max() <= tolerance
+
+
+def test_reduction_is_antialiased():
+    """Fails when resizing takes single pixels: a fine chequerboard must become its mean, not black or white."""
+    array = ((np.indices((480, 640)).sum(0) % 2) * 255).astype(np.uint8)[..., None].repeat(3, -1)
+    for data in (array, encoded(array, "PNG"), simplejpeg.encode_jpeg(array, quality=95)):
+        found = decode.rgb(data, (37, 53), "")
+        assert 120 < found.min() and found.max() < 136
+
+
+def test_fast_decoding_stays_near_exact_decoding():
+    """Fails when the reduced decode goes below the size wanted (blur) or shifts the picture."""
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)
+    array = np.asarray(Image.fromarray(coarse).resize((640, 480), Image.Resampling.BICUBIC))
+    data = simplejpeg.encode_jpeg(np.ascontiguousarray(array), quality=90)
+    exact = Image.fromarray(simplejpeg.decode_jpeg(data)).resize((224, 224), Image.Resampling.BILINEAR)
+    difference = np.abs(decode.rgb(data, (224, 224), "").astype(int) - np.asarray(exact))
+    assert difference.mean() < 1.5 and difference.max() < 16
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "L"), ("PNG", "LA"), ("PNG", "RGBA"), ("PNG", "P"), ("PNG", "1")],
+)
+def test_other_modes_become_rgb(kind, mode):
+    """Fails when grey, palette, alpha or CMYK files come out with other than three channels, or inverted."""
+    array = np.full((48, 64, 3), 255, np.uint8)
+    array[:, :32] = 0
+    found = decode.rgb(encoded(array, kind, mode), SIZE, "")
+    assert found.shape == (16, 24, 3) and found.dtype == np.uint8
+    assert found[:, :8].max() < 12 and found[:, 16:].min() > 243
+
+
+def png_header(width: int, height: int) -> bytes:
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return len(body).to_bytes(4) + kind + body + zlib.crc32(kind + body).to_bytes(4)
+
+    header = chunk(b"IHDR", width.to_bytes(4) + height.to_bytes(4) + bytes([8, 2, 0, 0, 0]))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+
+
+def jpeg_claiming(width: int, height: int) -> bytes:
+    data = bytearray(encoded(picture(0)))
+    frame = data.index(b"\xff\xc0")
+    data[frame + 5 : frame + 9] = height.to_bytes(2) + width.to_bytes(2)
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [jpeg_claiming(65_000, 65_000), png_header(8_300, 8_300), png_header(10_000, 10_000), png_header(60_000, 60_000)],
+    ids=["jpeg", "png above our limit", "png that Pillow warns of", "png that Pillow refuses"],
+)
+def test_decompression_bombs_are_refused(data):
+    """Fails when a small file that claims gigabytes is decoded."""
+    with pytest.raises(ValueError, match=r"image bomb\.jpg claims .*pixels"):
+        decode.rgb(data, SIZE, "bomb.jpg")
+
+
+JPEG, PNG = encoded(picture(0)), encoded(picture(0), "PNG")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"GIF89a, or so",
+        JPEG[:3],
+        JPEG[:100],
+        JPEG[:-200],
+        JPEG[:-2],
+        PNG[:20],
+        PNG[: len(PNG) // 2],
+        PNG[:60] + bytes(20) + PNG[80:],
+        encoded(picture(0)[..., 0].astype(np.uint16) * 257, "PNG", "I;16"),
+    ],
+)
+def test_broken_files_are_errors_that_name_them(data):
+    """Fails when Pillow's or libjpeg's own exception escapes, nameless, or grey filler passes for a picture."""
+    with pytest.raises(ValueError, match=r"image broken\.jpg"):
+        decode.rgb(data, SIZE, "broken.jpg")
+
+
+@pytest.mark.parametrize("data", [b"", PNG, JPEG[:50], jpeg_claiming(65_000, 65_000)])
+def test_the_header_check_refuses_what_is_no_jpeg(data):
+    """Fails when building accepts a PNG, an empty file or a bomb under a JPEG's name."""
+    with pytest.raises(ValueError, match=r"image a\.jpg"):
+        decode.jpeg_size(data, "a.jpg")
+    assert decode.jpeg_size(JPEG, "a.jpg") == (48, 64)
+
+
+def test_a_dataset_refuses_columns_that_do_not_fit():
+    """Fails when labels of another set are accepted: every image would train as something else."""
+    with pytest.raises(ValueError, match="unequal length"):
+        Dataset("t", [b""], np.zeros(2, np.int32), ("d",), ("a",), ("x",), "")
+    with pytest.raises(ValueError, match="labels 0 to 1, expected"):
+        Dataset("t", [b""] * 2, np.arange(2, dtype=np.int32), ("d",) * 2, ("a", "b"), ("x",), "")
