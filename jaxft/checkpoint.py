@@ -67,14 +67,8 @@ class Checkpoints:
         step = int(state.step)
         if step == self.latest():
             return
+        self.require_room(state)
         arrays = _arrays(state)
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
-        free = shutil.disk_usage(self.folder).free
-        if free < size:
-            raise CheckpointError(
-                f"the checkpoint of step {step} needs {size / 1e6:.0f} MB and {self.folder} "
-                f"has {free / 1e6:.0f} MB free; {self._remedy()}"
-            )
         run = ocp.args.JsonSave({"config": self.config, "progress": progress})
         items = ocp.args.Composite(state=ocp.args.StandardSave(arrays), run=run)
         try:
@@ -83,6 +77,16 @@ class Checkpoints:
             raise CheckpointError(
                 f"the checkpoint of step {step} was not written ({error}); {self._remedy()}"
             ) from error
+
+    def require_room(self, state: TrainState, checkpoints: int = 1) -> None:
+        """Raises CheckpointError unless the disk has room for that many more checkpoints of `state`."""
+        size = checkpoints * sum(leaf.nbytes for leaf in jax.tree.leaves(_arrays(state)))
+        free = shutil.disk_usage(self.folder).free
+        if free < size:
+            raise CheckpointError(
+                f"{checkpoints} checkpoint(s) of this run need {size / 1e6:.1f} MB and {self.folder} has "
+                f"{free / 1e6:.1f} MB free; {self._remedy()}"
+            )
 
     def wait(self) -> None:
         """Blocks until the save under way is whole.

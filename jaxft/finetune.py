@@ -179,6 +179,8 @@ def finetune(
     report.sample_augmentations(workdir / "augmentation.png", sample, warp(jax.random.key(seed), sample))
     checkpoints = Checkpoints(workdir / "checkpoints", config)
     try:
+        if checkpoints.latest() is None:
+            checkpoints.require_room(state, 3)  # the best, the last, and the one being written
         state, history = train.fit(
             state,
             train.make_train_step(lambda key, images: normalise(warp(key, images)), label_smoothing),
