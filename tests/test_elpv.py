@@ -116,5 +116,6 @@ def test_as_published(tmp_path: Path):
     assert int(found.labels.sum()) == 821
     image = decode.rgb(found.images[2623], (300, 300), found.names[2623])
     assert image.std() > 1
-    with Image.open(io.BytesIO(found.images[0])) as first:  # pyright: ignore[reportArgumentType]
+    assert isinstance(found.images[0], bytes)
+    with Image.open(io.BytesIO(found.images[0])) as first:
         assert first.size == (300, 300)
