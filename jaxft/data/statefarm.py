@@ -51,7 +51,7 @@ class Example:
 
     @property
     def filename(self) -> str:
-        return PurePosixPath(self.path).name
+        return self.path.rpartition("/")[2]
 
 
 @dataclass(frozen=True)
@@ -107,15 +107,15 @@ def open_layout(data_dir: Path) -> Layout:
     folders: dict[str, list[str]] = {}
     test: list[str] = []
     for path in files:
-        parts = PurePosixPath(path).parts
-        if any(part.startswith(".") for part in parts):  # .ipynb_checkpoints, ._img_1.jpg
+        if "/." in path.removesuffix("/."):  # .ipynb_checkpoints, ._img_1.jpg
             continue
-        if parts[:2] == ("imgs", "train") and len(parts) > 2 and (len(parts) == 4 or path.endswith("/.")):
-            folder = folders.setdefault(parts[2], [])
-            if len(parts) == 4 and _is_image(parts[3]):
-                folder.append(path)
-        elif parts[:2] == ("imgs", "test") and len(parts) == 3 and _is_image(parts[2]):
-            test.append(path)
+        match path.split("/"):
+            case "imgs", "train", classname, name:
+                folder = folders.setdefault(classname, [])
+                if _is_image(name):
+                    folder.append(path)
+            case "imgs", "test", name if _is_image(name):
+                test.append(path)
     _check(rows, folders, data_dir)
     splits = {"train": tuple(Example(f"imgs/train/{c}/{img}", c, subject) for subject, c, img in rows)}
     if test:
@@ -147,7 +147,7 @@ def _find(data_dir: Path) -> dict[str, _File]:
     if (data_dir / f"{_CSV}.zip").is_file():
         files |= _zip_members(data_dir / f"{_CSV}.zip")
     if (data_dir / _CSV).is_file():
-        files[_CSV] = _on_disk(data_dir / _CSV)
+        files[_CSV] = _on_disk(str(data_dir / _CSV), (data_dir / _CSV).stat())
     # Unpacked images go before packed ones, never both.
     unpacked, packed = data_dir / "imgs", data_dir / "imgs.zip"
     if unpacked.is_dir() or packed.is_file():
@@ -158,7 +158,7 @@ def _find(data_dir: Path) -> dict[str, _File]:
                 name = folder.relative_to(data_dir).as_posix()
                 files[f"{name}/."] = _File("", bytes)
                 with os.scandir(folder) as entries:
-                    files |= {f"{name}/{e.name}": _on_disk(Path(e.path)) for e in entries if _is_image(e.name)}
+                    files |= {f"{name}/{e.name}": _on_disk(e.path, e.stat()) for e in entries if _is_image(e.name)}
     elif packed.is_file():
         for path, file in _zip_members(packed).items():  # Kaggle's own holds train/ and test/
             files[path if path.startswith("imgs/") else f"imgs/{path}"] = file
@@ -169,9 +169,8 @@ def _find(data_dir: Path) -> dict[str, _File]:
     return files
 
 
-def _on_disk(path: Path) -> _File:
-    info = path.stat()
-    return _File(f"{info.st_size} {info.st_mtime_ns}", path.read_bytes)
+def _on_disk(path: str, info: os.stat_result) -> _File:
+    return _File(f"{info.st_size} {info.st_mtime_ns}", lambda: Path(path).read_bytes())
 
 
 def _zip_members(path: Path) -> dict[str, _File]:
@@ -241,7 +240,7 @@ def _check(rows: list[tuple[str, str, str]], folders: dict[str, list[str]], data
     twice = [img for img, n in Counter(img for _, _, img in rows).items() if n > 1]
     fail(f"{_CSV} names an image more than once", twice, "each image has one driver and one class")
     on_disk = [path for paths in folders.values() for path in paths]
-    double = [name for name, n in Counter(PurePosixPath(p).name for p in on_disk).items() if n > 1]
+    double = [name for name, n in Counter(path.rpartition("/")[2] for path in on_disk).items() if n > 1]
     fail("image in more than one class folder", double, "keep the one that the csv names")
     named = {f"imgs/train/{classname}/{img}" for _, classname, img in rows}
     fail(f"{_CSV} names a missing image", named - set(on_disk), again)
