@@ -116,6 +116,7 @@ def test_as_published(tmp_path: Path):
     assert int(found.labels.sum()) == 821
     image = decode.rgb(found.images[2623], (300, 300), found.names[2623])
     assert image.std() > 1
-    assert isinstance(found.images[0], bytes)
-    with Image.open(io.BytesIO(found.images[0])) as first:
+    encoded = found.images[0]
+    assert isinstance(encoded, bytes)
+    with Image.open(io.BytesIO(encoded)) as first:
         assert first.size == (300, 300)
