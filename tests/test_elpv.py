@@ -38,7 +38,7 @@ def test_columns(tmp_path: Path):
     assert found.labels.tolist() == [1, 0, 1]
     assert found.labels.dtype == np.int32
     assert [found.classes[label] for label in found.labels] == ["defective", "functional", "defective"]
-    np.testing.assert_array_equal(found.probabilities, np.float32([1, 1 / 3, 2 / 3]))
+    np.testing.assert_array_equal(found.probabilities, np.asarray([1, 1 / 3, 2 / 3], np.float32))
     assert found.types == ("mono", "poly", "mono")
     assert found.strata == ((1, "mono"), (0, "poly"), (1, "mono"))
     for i, name in enumerate("abc"):
