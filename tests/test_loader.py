@@ -221,6 +221,25 @@ def test_closing_stops_the_workers(small):
     assert not set(workers()) - before
 
 
+def test_closing_drops_batches_not_begun():
+    """Fails when a closed iterator goes on decoding what nobody will ask for."""
+
+    class Slow(Counting):
+        def __getitem__(self, index, /):
+            image = super().__getitem__(index)
+            time.sleep(0.1)
+            return image
+
+    images = Slow([picture(i) for i in range(20)])
+    data = dataset(images=images)
+    batches = loader.eval_batches(data, range(20), batch_size=1, image_size=SIZE, workers=1)
+    next(batches)
+    batches.close()
+    begun = sum(images.counts)
+    time.sleep(0.5)
+    assert sum(images.counts) <= begun + 1
+
+
 def test_an_unfinished_iterator_does_not_hold_up_the_exit():
     """Fails when the interpreter hangs or complains at exit with batches still being made."""
     program = """
@@ -285,12 +304,12 @@ def test_reduction_is_antialiased():
 def test_fast_decoding_stays_near_exact_decoding():
     """Fails when the reduced decode goes below the size wanted (blur) or shifts the picture."""
     rng = np.random.default_rng(0)
-    coarse = rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)
+    coarse = rng.integers(0, 256, (60, 80, 3), dtype=np.uint8)
     array = np.asarray(Image.fromarray(coarse).resize((640, 480), Image.Resampling.BICUBIC))
     data = simplejpeg.encode_jpeg(np.ascontiguousarray(array), quality=90)
     exact = Image.fromarray(simplejpeg.decode_jpeg(data)).resize((224, 224), Image.Resampling.BILINEAR)
     difference = np.abs(decode.rgb(data, (224, 224), "").astype(int) - np.asarray(exact))
-    assert difference.mean() < 1.5 and difference.max() < 16
+    assert difference.mean() < 1.5 and difference.max() < 12
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -138,6 +139,14 @@ def test_zips_are_read_in_place(folder, tmp_path, form):
     assert data.fingerprint == statefarm.prepare(folder, tmp_path / "cache2").fingerprint
     assert sorted(root.rglob("*")) == before
     assert len(statefarm.prepare(root, tmp_path / "cache", split="test")) == 3
+
+
+def test_nothing_is_left_in_the_temporary_folder(folder, tmp_path, monkeypatch):
+    """Fails when TFDS looks for the dataset in its bucket, leaving an empty folder each time."""
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    statefarm.prepare(folder, tmp_path / "cache")
+    assert list((tmp_path / "tmp").iterdir()) == []
 
 
 def files(root: Path) -> list[Path]:
