@@ -34,7 +34,7 @@ def rgb(image: bytes | np.ndarray, size: tuple[int, int], name: str) -> np.ndarr
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(f"image {name}: expected uint8 [H, W, 3], found {image.dtype} {list(image.shape)}")
-        return _resize(Image.fromarray(image), size)
+        return image if image.shape[:2] == size else _resize(Image.fromarray(image), size)
     if not image.startswith(_JPEG_MAGIC) or _jpeg_header(image, name)[2] not in _TURBO_SPACES:
         with _open(image, name) as opened:
             return _resize(opened.convert("RGB"), size)
