@@ -79,7 +79,7 @@ def main(settings: Settings) -> None:
             "dtype": jnp.dtype(dtype).name,
             "frozen": sorted(frozen),
             "data": {"name": dataset.name, "sha256": dataset.fingerprint},
-            "weights": {"source": weights.source, "sha256": weights.sha256, "fallback": weights.fallback},
+            "weights": {"source": weights.source, "sha256": weights.sha256, "fallback": weights.fallback is not None},
         }
         state, summary = finetune(
             net.clone(frozen=frozen),

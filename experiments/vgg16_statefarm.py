@@ -139,7 +139,7 @@ def main(settings: Settings) -> None:
         "dtype": jnp.dtype(dtype).name,
         "frozen": sorted(frozen),
         "data": {"name": dataset.name, "sha256": dataset.fingerprint, "standin": is_standin},
-        "weights": {"source": weights.source, "sha256": weights.sha256, "fallback": weights.fallback},
+        "weights": {"source": weights.source, "sha256": weights.sha256, "fallback": weights.fallback is not None},
     }
     _, summary = finetune(
         net,

@@ -1,0 +1,279 @@
+"""Keras weight files of every generation, read lazily and as data alone: nothing in them is executed or followed.
+
+Source: the `save_weights` of Keras 0.3, 1.2, 2.x and 3.x.
+"""
+
+import dataclasses
+import hashlib
+import os
+import re
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import h5py
+import numpy as np
+
+AUTOMATIC = re.compile(r"(?:convolution2d|conv2d|dense|batchnormalization|batch_normalization)(?:_(\d+))?")
+_KERAS1_FIELD = re.compile(r"(.+)_(W|b|gamma|beta|running_mean|running_std)(?:_\d+)?")
+_MEMBER = "model.weights.h5"  # of a .keras zip
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """One array of a file, not read yet; `name` is what the file calls it."""
+
+    name: str
+    data: h5py.Dataset
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.data.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.data.dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One layer with weights; `name` is None where the file numbers its layers and names none."""
+
+    name: str | None
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def kind(self) -> str:
+        """`conv`, `dense` or `vectors` (BatchNorm), by the rank of the first array."""
+        return {4: "conv", 2: "dense"}.get(len(self.tensors[0].shape), "vectors")
+
+
+@dataclasses.dataclass(frozen=True)
+class KerasFile:
+    """A weight file, open until `close()`; a context manager.
+
+    Attributes:
+        path: of the file.
+        sha256, md5: of the whole file, hexadecimal.
+        layout: "keras0.3-sequential", "keras0.3-graph", "keras1", "keras2" (names in attributes, as Keras 2 and the
+            legacy h5 of Keras 3 write), or "keras3".
+        container: "weights", "model" (a whole model with its optimizer) or "keras" (a zip).
+        keras_version, backend: as the file states them, or None.
+        layers: those with weights; nested models are flattened, and other things than layers left out.
+    """
+
+    path: Path
+    sha256: str
+    md5: str
+    layout: str
+    container: str
+    keras_version: str | None
+    backend: str | None
+    layers: tuple[Layer, ...]
+    close: Callable[[], None]
+
+    def __enter__(self) -> "KerasFile":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, where: TracebackType | None):
+        self.close()
+
+
+def read(path: str | os.PathLike[str]) -> KerasFile:
+    """Opens a weight file of any generation; arrays are read when they are asked for.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not HDF5 or a .keras zip, is truncated, holds no Keras layout, or links to other files.
+    """
+    path = Path(path)
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"the weight file {path} {what}")
+    sha256, md5 = _hashes(path)
+    opened: list[Any] = []
+
+    def close() -> None:
+        for file in reversed(opened):
+            file.close()
+
+    try:
+        zipped = zipfile.is_zipfile(path)
+        if zipped:
+            opened.append(zipfile.ZipFile(path))
+            opened.append(opened[-1].open(_MEMBER))
+        opened.append(h5py.File(opened[-1] if zipped else path, "r"))
+        found = _layout(opened[-1])
+    except (OSError, KeyError, RuntimeError, zipfile.BadZipFile) as error:  # what h5py and zipfile raise on bad files
+        close()
+        raise ValueError(
+            f"{path} is not a whole Keras weight file ({error}); expected HDF5 (.h5) or a .keras zip. "
+            "If it was downloaded, its transfer may have been cut short: download it again"
+        ) from error
+    except ValueError as error:
+        close()
+        raise ValueError(f"{path}: {error}") from error
+    container = "keras" if zipped else found.pop("container")
+    found.pop("container", None)
+    return KerasFile(path=path, sha256=sha256, md5=md5, container=container, close=close, **found)
+
+
+def _hashes(path: Path) -> tuple[str, str]:
+    sha256, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            sha256.update(block)
+            md5.update(block)
+    return sha256.hexdigest(), md5.hexdigest()
+
+
+def _layout(file: h5py.File) -> dict[str, Any]:
+    root: Any = _child(file, "model_weights") if "model_weights" in file else file
+    stated = {key: _text(file.attrs.get(key, root.attrs.get(key))) for key in ("keras_version", "backend")}
+    stated["container"] = "weights" if root is file else "model"
+    if "nb_layers" in root.attrs:
+        groups = [_child(root, f"layer_{k}") for k in range(int(root.attrs["nb_layers"]))]
+        tensors = (_numbered(group, int(group.attrs.get("nb_params", len(group)))) for group in groups)
+        layers = [Layer(None, found) for found in tensors if found]
+        return stated | {"layout": "keras0.3-sequential", "layers": tuple(layers)}
+    if "graph" in root:
+        group = _child(root, "graph")
+        layers = _pairs(_numbered(group, int(group.attrs.get("nb_params", len(group)))))
+        return stated | {"layout": "keras0.3-graph", "layers": tuple(layers)}
+    if names := _names(root, "layer_names"):
+        version = stated["keras_version"]
+        layers = [layer for name in names for layer in _named(name, _child(root, name))]
+        layout = "keras1" if version is None or version.startswith("1") else "keras2"
+        return stated | {"layout": layout, "layers": tuple(layers)}
+    layers = tuple(_keras3(root))
+    if not layers:
+        raise ValueError(
+            "an HDF5 file, but not of Keras: it has neither layer_names nor nb_layers, and no group called vars; "
+            f"it holds {', '.join(list(root)[:5]) or 'nothing'}"
+        )
+    return stated | {"layout": "keras3", "layers": layers}
+
+
+def _child(group: Any, path: str) -> Any:
+    """The group or dataset at `path`, which must lie in this very file: links and outside storage are refused."""
+    for part in path.split("/"):
+        if not isinstance(group, h5py.Group) or part not in group:
+            raise ValueError(f"{group.name} lacks {path}, which the file's own attributes or numbering promise")
+        if not isinstance(group.get(part, getlink=True), h5py.HardLink):
+            raise ValueError(f"{group.name}/{part} is a link, maybe out of the file; weight files have none")
+        group = group[part]
+    if isinstance(group, h5py.Dataset):
+        if group.is_virtual or group.external:
+            raise ValueError(f"{group.name} keeps its data in another file; weight files keep their own")
+        if group.dtype.kind not in "fiu":
+            raise ValueError(f"{group.name} holds {group.dtype}, not numbers")
+    return group
+
+
+def _text(value: Any) -> str | None:
+    return value.decode() if isinstance(value, bytes) else None if value is None else str(value)
+
+
+def _names(group: h5py.Group, key: str) -> list[str]:
+    """An attribute of names, in chunks `key0`, `key1`, … where it is long; an empty one may be of any dtype."""
+    chunks = [key] if key in group.attrs else []
+    while f"{key}{len(chunks)}" in group.attrs and chunks != [key]:
+        chunks.append(f"{key}{len(chunks)}")
+    return [_text(name) or "" for chunk in chunks for name in np.asarray(group.attrs[chunk]).ravel().tolist()]
+
+
+def _numbered(group: h5py.Group, count: int) -> tuple[Tensor, ...]:
+    paths = [f"param_{n}" for n in range(count)]
+    return tuple(Tensor(f"{group.name}/{path}".lstrip("/"), _child(group, path)) for path in paths)
+
+
+def _pairs(tensors: Sequence[Tensor]) -> Iterator[Layer]:
+    """A list without layers: a matrix or a kernel begins a layer, the vector behind it is its bias."""
+    current: list[Tensor] = []
+    for tensor in tensors:
+        if len(tensor.shape) > 1 and current:
+            yield Layer(None, tuple(current))
+            current = []
+        current.append(tensor)
+    if current:
+        yield Layer(None, tuple(current))
+
+
+def _named(name: str, group: h5py.Group) -> Iterator[Layer]:
+    """The layers of one entry of `layer_names`: several where the entry is a nested model."""
+    owners: dict[str, list[Tensor]] = {}
+    for stored in _names(group, "weight_names"):
+        bare = re.sub(r":\d+$", "", stored)
+        keras1 = _KERAS1_FIELD.fullmatch(bare)
+        owner = bare.rpartition("/")[0] or (keras1[1] if keras1 else name)
+        owners.setdefault(owner, []).append(Tensor(stored, _child(group, stored)))
+    if len(owners) == 1:  # the entry's own name is more to be trusted than prefixes of scopes and copies
+        yield Layer(name, tuple(*owners.values()))
+    else:
+        yield from (Layer(owner, tuple(tensors)) for owner, tensors in owners.items())
+
+
+def _keras3(group: h5py.Group, prefix: str = "") -> Iterator[Layer]:
+    """Depth first; siblings of one class in the order of their numbers, which is the order of the model's layers."""
+
+    def numbered(key: str) -> tuple[str, int]:
+        stem, _, number = key.rpartition("_")
+        return (stem, int(number)) if stem and number.isdecimal() else (key, 0)
+
+    for key in sorted(group, key=numbered):
+        if not prefix and key in ("optimizer", "vars"):
+            continue
+        child = _child(group, key)
+        path = f"{prefix}/{key}".lstrip("/")
+        if not isinstance(child, h5py.Group):
+            continue
+        if key != "vars":
+            yield from _keras3(child, path)
+        elif len(child):
+            tensors = [Tensor(f"{path}/{n}", _child(child, n)) for n in sorted(child, key=lambda n: (len(n), n))]
+            name, attribute = _text(child.attrs.get("name")), prefix.rpartition("/")[2]
+            # A subclassed model keys a layer by its attribute, which says more than an automatic name.
+            named = name is not None and not AUTOMATIC.fullmatch(name)
+            yield Layer(name if named else attribute, tuple(tensors))
+
+
+def write(path: Path, layers: Sequence[tuple[str, str, Mapping[str, np.ndarray]]]) -> None:
+    """Writes (name, Keras class in snake case, field → array) for each layer, as Keras 3 (`.weights.h5`) or 2 (`.h5`).
+
+    The file is put in place whole: a failure leaves what was there.
+
+    Raises:
+        ValueError: another suffix.
+        OSError: the folder cannot be written to.
+    """
+    if path.suffix not in (".h5", ".hdf5"):
+        raise ValueError(f"{path}: Keras loads weights from .weights.h5 (its version 3) or .h5 (version 2) files")
+    partial = path.with_name(f"{path.name}.part")
+    try:
+        with h5py.File(partial, "w") as file:
+            (_write_keras3 if path.name.endswith(".weights.h5") else _write_keras2)(file, layers)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _write_keras2(file: h5py.File, layers: Sequence[tuple[str, str, Mapping[str, np.ndarray]]]) -> None:
+    file.attrs["backend"], file.attrs["keras_version"] = b"tensorflow", b"2.15.0"
+    file.attrs["layer_names"] = [name.encode() for name, _, _ in layers]
+    for name, _, fields in sorted(layers, key=lambda layer: layer[0]):
+        group = file.create_group(name)
+        group.attrs["weight_names"] = [f"{name}/{field}:0".encode() for field in fields]
+        for field, array in fields.items():
+            group[f"{name}/{field}:0"] = array
+
+
+def _write_keras3(file: h5py.File, layers: Sequence[tuple[str, str, Mapping[str, np.ndarray]]]) -> None:
+    counts: dict[str, int] = {}
+    for name, kind, fields in layers:
+        number = counts[kind] = counts.get(kind, -1) + 1
+        group = file.create_group(f"layers/{kind}_{number}/vars" if number else f"layers/{kind}/vars")
+        group.attrs["name"] = name
+        for n, array in enumerate(fields.values()):
+            group[str(n)] = array
