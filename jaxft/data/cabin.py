@@ -116,19 +116,19 @@ def random_driver(rng: np.random.Generator) -> Driver:
         pattern=PATTERNS[rng.integers(len(PATTERNS))],
         long_sleeves=bool(rng.random() < 0.5),
         girth=float(rng.uniform(0.88, 1.18)),
-        reach=(float(rng.uniform(-22, 18)), float(rng.uniform(-20, 18))),
+        reach=(float(rng.uniform(-12, 10)), float(rng.uniform(-10, 10))),
         seat=colour(25, 150, 0.4),
         cabin=colour(25, 120, 0.25),
         wheel=colour(15, 70, 0.2),
         phone=colour(10, 60) if rng.random() < 0.7 else colour(190, 240),
         cup=colour(60, 250),
         camera=(
-            float(rng.uniform(0.92, 1.14)),
-            float(rng.uniform(-5, 5)),
-            float(rng.uniform(-28, 28)),
-            float(rng.uniform(-20, 20)),
+            float(rng.uniform(0.97, 1.07)),
+            float(rng.uniform(-2, 2)),
+            float(rng.uniform(-12, 12)),
+            float(rng.uniform(-8, 8)),
         ),
-        exposure=float(rng.uniform(0.75, 1.2)),
+        exposure=float(rng.uniform(0.85, 1.15)),
     )
 
 
@@ -300,18 +300,18 @@ def _hand(painter: _Painter, driver: Driver, hand: Point, size: float, thing: st
     if thing == "phone":
         upright = hand[1] < 220  # at the ear; else held out to be read
         centre = _plus(hand, 2, -14) if upright else _plus(hand, 12, -20)
-        painter.rectangle(centre, 30 * size, 64 * size, _shade(driver.phone, 0.8), 8 if upright else 28)
+        painter.rectangle(centre, 40 * size, 82 * size, _shade(driver.phone, 0.8), 8 if upright else 28)
         if not upright:
-            painter.rectangle(centre, 23 * size, 50 * size, (186, 220, 244), 28)
+            painter.rectangle(centre, 32 * size, 66 * size, (186, 220, 244), 28)
     elif thing == "cup":
-        painter.rectangle(_plus(hand, 10, -12), 34, 66, driver.cup, -38)
-        painter.rectangle(_plus(hand, -6, -32), 36, 12, (240, 240, 236), -38)
+        painter.rectangle(_plus(hand, 14, -16), 44, 84, driver.cup, -38)
+        painter.rectangle(_plus(hand, -8, -44), 48, 14, (240, 240, 236), -38)
     elif thing == "brush":
         painter.limb(_plus(hand, -6, -8), _plus(hand, -26, -30), 9, 6, driver.cup)
-    painter.ellipse(hand, 21 * size, 19 * size, skin)
+    painter.ellipse(hand, 26 * size, 24 * size, skin)
     for k in range(3):
-        start = _plus(hand, 6 * size, (9 * k - 9) * size)
-        painter.limb(start, _plus(start, 15 * size, -3 * size), 9 * size, 7 * size, _shade(skin, 0.93 + 0.05 * k))
+        start = _plus(hand, 9 * size, (11 * k - 11) * size)
+        painter.limb(start, _plus(start, 18 * size, -3 * size), 11 * size, 8 * size, _shade(skin, 0.93 + 0.05 * k))
 
 
 def _wheel(painter: _Painter, driver: Driver) -> None:
@@ -388,13 +388,13 @@ def _photograph(image: Image.Image, driver: Driver, light: np.ndarray, rng: np.r
     pixels = np.asarray(image, np.float32)
     y, x = np.mgrid[-1 : 1 : HEIGHT * 1j, -1 : 1 : WIDTH * 1j].astype(np.float32)
     angle = 2 * math.pi * light[0]
-    gain = 1 + (0.15 + 0.3 * light[1]) * (math.cos(angle) * x + math.sin(angle) * y)
+    gain = 1 + (0.1 + 0.2 * light[1]) * (math.cos(angle) * x + math.sin(angle) * y)
     band = math.cos(angle + 1) * x + math.sin(angle + 1) * y - (2 * light[2] - 1)
-    gain = np.where(np.abs(band) < 0.3 * light[3], gain * 0.6, gain)  # the shadow of a pillar
+    gain = np.where(np.abs(band) < 0.3 * light[3], gain * 0.75, gain)  # the shadow of a pillar
     gain = gain * driver.exposure * rng.uniform(0.85, 1.15)
     warmth = (light[4] - 0.5) * 0.36
     pixels *= gain[..., None] * np.asarray([1 + warmth, 1.0, 1 - warmth], np.float32)
-    glare = 150 * light[5] ** 3 * np.exp(-6 * ((x - 0.4 * math.cos(angle)) ** 2 + (y + 0.6) ** 2))
+    glare = 100 * light[5] ** 3 * np.exp(-6 * ((x - 0.4 * math.cos(angle)) ** 2 + (y + 0.6) ** 2))
     pixels += glare[..., None]
     grain = rng.standard_normal((HEIGHT // 2, WIDTH // 2, 3), np.float32).repeat(2, 0).repeat(2, 1)
     pixels += grain * rng.uniform(3, 12)

@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from jaxft.nets.common import Spec, Stage, WeightFile, fold
 
 WIDTHS = (64, 128, 256, 512, 512)
+FC_WIDTH = 4096
 FLATTENED = (7, 7)  # the feature map that fc1's 25,088 inputs come from
 
 
@@ -115,7 +116,7 @@ class VGG(nn.Module):
 
         stages: list[Stage] = []
         if self.head is None:
-            widths = {"fc1": 4096, "fc2": 4096}
+            widths = {"fc1": FC_WIDTH, "fc2": FC_WIDTH}
         else:
             widths = {f"hidden{i}": width for i, width in enumerate(self.head, 1)}
             stages.append(("avg_pool", lambda x: x.mean((1, 2))))

@@ -1,0 +1,120 @@
+"""Weight files as Keras wrote them from 2015 on, written out by hand from descriptions of the layouts.
+
+Every function takes layers as [(name, [array, …]), …] in the order of the model, weightless ones with an empty list.
+"""
+
+import zipfile
+
+import h5py
+import numpy as np
+
+
+def theano(layers, flattened=None):
+    """HWIO kernels → (out, in, h, w), taps rotated; `flattened` = (name, (h, w, c)) of the Dense behind a Flatten."""
+    stored = []
+    for name, arrays in layers:
+        arrays = [a[::-1, ::-1].transpose(3, 2, 0, 1) if a.ndim == 4 else a for a in arrays]
+        if flattened and name == flattened[0]:
+            h, w, c = flattened[1]
+            arrays[0] = arrays[0].reshape(h, w, c, -1).transpose(2, 0, 1, 3).reshape(h * w * c, -1)
+        stored.append((name, arrays))
+    return stored
+
+
+def sequential_03(path, layers):
+    with h5py.File(path, "w") as file:
+        file.attrs["nb_layers"] = len(layers)
+        for k, (_, arrays) in enumerate(layers):
+            group = file.create_group(f"layer_{k}")
+            group.attrs["nb_params"] = len(arrays)
+            for n, array in enumerate(arrays):
+                group[f"param_{n}"] = array
+    return path
+
+
+def graph_03(path, layers):
+    arrays = [array for _, arrays in layers for array in arrays]
+    with h5py.File(path, "w") as file:
+        group = file.create_group("graph")
+        group.attrs["nb_params"] = len(arrays)
+        for n, array in enumerate(arrays):
+            group[f"param_{n}"] = array
+    return path
+
+
+def named(path, layers, weight_name, *, attributes=(), chunked=False, as_str=False, root="", extra=False):
+    """Keras 1 and 2: `layer_names`, and `weight_names` in each group; `weight_name(layer, field)` names a tensor."""
+    encode = str if as_str else str.encode
+    with h5py.File(path, "w") as file:
+        group = file.create_group(root) if root else file
+        for key, value in dict(attributes).items():
+            group.attrs[key] = value
+        names = [encode(name) for name, _ in layers]
+        if chunked:
+            for k in range(0, len(names), 7):
+                group.attrs[f"layer_names{k // 7}"] = names[k : k + 7]
+        else:
+            group.attrs["layer_names"] = names
+        for name, arrays in layers:
+            own = group.create_group(name)
+            stored = [weight_name(name, field) for field, _ in zip(("kernel", "bias"), arrays, strict=False)]
+            own.attrs["weight_names"] = [encode(s) for s in stored] if stored else np.zeros(0)
+            for s, array in zip(stored, arrays, strict=True):
+                own[s] = array
+        if extra:
+            group.create_group("top_level_model_weights").attrs["weight_names"] = np.zeros(0)
+            file.create_group("optimizer_weights")["iteration:0"] = np.zeros((), np.int64)
+    return path
+
+
+def keras_1(layer, field):
+    return f"{layer}_{ {'kernel': 'W', 'bias': 'b'}[field] }"
+
+
+def keras_1_official(layer, field):
+    return f"{keras_1(layer, field)}_1:0"
+
+
+def keras_2(layer, field):
+    return f"{layer}/{field}:0"
+
+
+def nested(path, inner, outer, *, model="vgg16"):
+    """Keras 2: a model inside a model is one entry, which holds the weights of all its layers."""
+    with h5py.File(path, "w") as file:
+        file.attrs["backend"], file.attrs["keras_version"] = "tensorflow", "2.3.1"
+        file.attrs["layer_names"] = [model.encode(), *(name.encode() for name, _ in outer)]
+        for entry, layers in ((model, inner), *((name, [(name, arrays)]) for name, arrays in outer)):
+            group = file.create_group(entry)
+            stored = {
+                keras_2(name, field): array
+                for name, arrays in layers
+                for field, array in zip(("kernel", "bias"), arrays, strict=False)
+            }
+            group.attrs["weight_names"] = [name.encode() for name in stored]
+            for name, array in stored.items():
+                group[name] = array
+    return path
+
+
+def keras_3(path, layers, *, prefix="layers", gaps=False, with_names=False):
+    """`.weights.h5`, or a `.keras` zip if the path ends so; `gaps` counts by twos, as 2.12 and 2.13 did."""
+    h5 = path.with_suffix(".part") if path.suffix == ".keras" else path
+    counts = {}
+    with h5py.File(h5, "w") as file:
+        for name, arrays in layers:
+            kind = {4: "conv2d", 2: "dense"}[arrays[0].ndim] if arrays else "max_pooling2d"
+            number = counts[kind] = counts.get(kind, -1) + 1
+            number *= 2 if gaps else 1
+            group = file.create_group(f"{prefix}/{kind}_{number}/vars" if number else f"{prefix}/{kind}/vars")
+            if with_names:
+                group.attrs["name"] = name
+            for n, array in enumerate(arrays):
+                group[str(n)] = array
+        file.create_group("optimizer/vars")["0"] = np.zeros((), np.int64)
+    if path.suffix == ".keras":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("config.json", '{"class_name": "os.system"}')
+            archive.writestr("metadata.json", "{}")
+            archive.write(h5, "model.weights.h5")
+    return path
