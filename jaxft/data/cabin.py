@@ -57,7 +57,7 @@ ON_WHEEL, ON_WHEEL_FAR = (476.0, 262.0), (500.0, 222.0)
 POSTURES: tuple[tuple[Posture, ...], ...] = (
     (Posture(ON_WHEEL, ON_WHEEL_FAR),),
     (Posture((392, 352), ON_WHEEL_FAR, pitch=24, turn=0.15, thing="phone"),),
-    (Posture((284, 158), ON_WHEEL_FAR, thing="phone"),),
+    (Posture((244, 162), ON_WHEEL_FAR, thing="phone"),),
     (Posture((470, 330), (418, 232), pitch=16, thing="phone", holder="left"),),
     (Posture((474, 282), (322, 142), thing="phone", holder="left"),),
     (Posture((572, 398), ON_WHEEL_FAR, pitch=10, turn=0.3, lean=(26, 10)),),
@@ -68,9 +68,9 @@ POSTURES: tuple[tuple[Posture, ...], ...] = (
     ),
     (
         Posture((262, 66), ON_WHEEL_FAR, right_bend=-1, pitch=-6, turn=0.1),
-        Posture((330, 118), ON_WHEEL_FAR, right_bend=1, pitch=-16, thing="brush"),
+        Posture((304, 76), ON_WHEEL_FAR, right_bend=-1, pitch=-12, thing="brush"),
     ),
-    (Posture(ON_WHEEL, ON_WHEEL_FAR, turn=1.0), Posture((468, 300), ON_WHEEL_FAR, turn=0.9, pitch=4)),
+    (Posture((352, 412), ON_WHEEL_FAR, turn=1.0), Posture((372, 398), ON_WHEEL_FAR, turn=0.9, pitch=4)),
 )
 
 
