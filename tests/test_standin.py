@@ -1,0 +1,109 @@
+import csv
+import json
+
+import numpy as np
+import pytest
+import simplejpeg
+
+from jaxft.data import cabin, standin
+
+
+def files(root):
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def test_the_same_seed_draws_the_same_files(tmp_path):
+    """Bug: a picture depends on the threads, the clock, or on how many others are drawn."""
+    small = files(standin.render(tmp_path / "a", drivers=2, images_per_driver=10, seed=5, workers=1))
+    again = files(standin.render(tmp_path / "b", drivers=2, images_per_driver=10, seed=5, workers=4))
+    large = files(standin.render(tmp_path / "c", drivers=3, images_per_driver=12, seed=5))
+    other = files(standin.render(tmp_path / "d", drivers=2, images_per_driver=10, seed=6))
+    assert small == again
+    pictures = [name for name in small if name.endswith(".jpg")]
+    assert len(pictures) == 20 and all(large[name] == small[name] for name in pictures)
+    assert all(other[name] != small[name] for name in pictures)
+
+
+def test_kaggles_layout(tmp_path):
+    """Bug: the csv and the folders disagree, classes are uneven, or images are not Kaggle's 640×480 JPEG."""
+    root = standin.render(tmp_path / "data", drivers=3, images_per_driver=20)
+    rows = list(csv.DictReader((root / "driver_imgs_list.csv").read_text().splitlines()))
+    assert list(rows[0]) == ["subject", "classname", "img"] and len(rows) == 60
+    assert {f"imgs/train/{row['classname']}/{row['img']}" for row in rows} == {
+        name for name in files(root) if name.endswith(".jpg")
+    }
+    counts = {(row["subject"], row["classname"]) for row in rows}
+    assert len(counts) == 30 and len(rows) == 2 * len(counts)
+    for row in rows[::13]:
+        data = (root / "imgs/train" / row["classname"] / row["img"]).read_bytes()
+        assert simplejpeg.decode_jpeg_header(data)[:3] == (480, 640, "YCbCr")
+    assert "nothing about State Farm" in json.loads((root / standin.MARKER).read_text())["note"]
+
+
+def draw(driver=0, label=0, moment=0.0, noise=0):
+    return cabin.picture(
+        cabin.random_driver(np.random.default_rng([1, driver])),
+        label,
+        clip=np.random.default_rng([1, 7]),
+        moment=moment,
+        noise=np.random.default_rng([1, noise]),
+    ).astype(int)
+
+
+def difference(a, b):
+    """Mean over pixels whose difference is more than noise."""
+    return (np.abs(a - b).max(-1) > 60).mean()
+
+
+def test_postures_differ_and_movement_is_slow():
+    """Bug: two classes are drawn alike, or a sequence is one picture, or jumps."""
+    postures = [draw(label=label) for label in range(10)]
+    for i in range(10):
+        for j in range(i):
+            assert difference(postures[i], postures[j]) > 0.01, (i, j)
+    near = difference(draw(moment=0.0), draw(moment=0.3, noise=1))
+    far = difference(draw(), draw(driver=3))
+    assert 0 < near < 0.5 * far
+    assert not np.array_equal(draw(moment=0.0), draw(moment=1.0))
+
+
+def test_drivers_look_and_sit_differently():
+    """Bug: the seed does not reach the driver, so that folds by driver test nothing."""
+    pictures = [draw(driver=d) for d in range(5)]
+    assert min(difference(pictures[i], pictures[j]) for i in range(5) for j in range(i)) > 0.1
+
+
+def test_an_interrupted_drawing_leaves_nothing(tmp_path, monkeypatch):
+    """Bug: a half-drawn folder is taken for a whole set by the next run."""
+    draw_one = standin.jpeg
+
+    def fails(seed, driver, image):
+        if image == 7:
+            raise KeyboardInterrupt
+        return draw_one(seed, driver, image)
+
+    monkeypatch.setattr(standin, "jpeg", fails)
+    with pytest.raises(KeyboardInterrupt):
+        standin.render(tmp_path / "data", drivers=1, images_per_driver=10)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_reused_or_refused(tmp_path, monkeypatch):
+    """Bug: pictures are drawn again at every start, or a user's own folder is written into."""
+    root = standin.render(tmp_path / "data", drivers=1, images_per_driver=10)
+    monkeypatch.setattr(standin, "jpeg", lambda *place: pytest.fail("drawn again"))
+    assert standin.render(root, drivers=1, images_per_driver=10) == root
+    with pytest.raises(ValueError, match="is not this stand-in"):
+        standin.render(root, drivers=2, images_per_driver=10)
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(ValueError, match="mine is there"):
+        standin.render(tmp_path / "mine", drivers=1, images_per_driver=10)
+
+
+def test_bad_requests(tmp_path):
+    """Bug: an empty class folder, or a raw error from the depth of tempfile."""
+    with pytest.raises(ValueError, match="one of each class"):
+        standin.render(tmp_path / "data", drivers=1, images_per_driver=9)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        standin.render(tmp_path / "file" / "data", drivers=1, images_per_driver=10)
