@@ -21,7 +21,7 @@ SHOULDER, FAR_SHOULDER, HEAD = (232.0, 238.0), (262.0, 226.0), (268.0, 138.0)
 WHEEL = (492.0, 292.0)
 UPPER_ARM, FOREARM = 105.0, 105.0
 
-SKINS = [(244, 208, 180), (228, 184, 148), (198, 146, 108), (160, 108, 74), (116, 76, 52), (84, 56, 40)]
+SKINS = [(244, 208, 180), (228, 184, 148), (198, 146, 108), (160, 108, 74), (128, 86, 60), (104, 72, 52)]
 HAIRS = [(28, 24, 22), (60, 40, 26), (104, 70, 40), (170, 130, 76), (204, 176, 120), (136, 60, 36), (150, 150, 150)]
 STYLES = ("short", "long", "bald", "cap", "bun")
 PATTERNS = ("plain", "stripes", "bands", "dots")
@@ -70,7 +70,7 @@ POSTURES: tuple[tuple[Posture, ...], ...] = (
         Posture((262, 66), ON_WHEEL_FAR, right_bend=-1, pitch=-6, turn=0.1),
         Posture((304, 76), ON_WHEEL_FAR, right_bend=-1, pitch=-12, thing="brush"),
     ),
-    (Posture((352, 412), ON_WHEEL_FAR, turn=1.0), Posture((372, 398), ON_WHEEL_FAR, turn=0.9, pitch=4)),
+    (Posture((312, 438), ON_WHEEL_FAR, turn=1.0), Posture((326, 430), ON_WHEEL_FAR, turn=0.9, pitch=4)),
 )
 
 
@@ -111,14 +111,14 @@ def random_driver(rng: np.random.Generator) -> Driver:
         style=STYLES[rng.integers(len(STYLES))],
         beard=bool(rng.random() < 0.25),
         glasses=bool(rng.random() < 0.3),
-        shirt=colour(20, 235),
+        shirt=colour(110, 250),
         second=colour(20, 235),
         pattern=PATTERNS[rng.integers(len(PATTERNS))],
         long_sleeves=bool(rng.random() < 0.5),
         girth=float(rng.uniform(0.88, 1.18)),
         reach=(float(rng.uniform(-12, 10)), float(rng.uniform(-10, 10))),
-        seat=colour(25, 150, 0.4),
-        cabin=colour(25, 120, 0.25),
+        seat=colour(25, 110, 0.4),
+        cabin=colour(25, 85, 0.25),
         wheel=colour(15, 70, 0.2),
         phone=colour(10, 60) if rng.random() < 0.7 else colour(190, 240),
         cup=colour(60, 250),
@@ -397,7 +397,7 @@ def _photograph(image: Image.Image, driver: Driver, light: np.ndarray, rng: np.r
     glare = 100 * light[5] ** 3 * np.exp(-6 * ((x - 0.4 * math.cos(angle)) ** 2 + (y + 0.6) ** 2))
     pixels += glare[..., None]
     grain = rng.standard_normal((HEIGHT // 2, WIDTH // 2, 3), np.float32).repeat(2, 0).repeat(2, 1)
-    pixels += grain * rng.uniform(3, 12)
+    pixels += grain * rng.uniform(3, 9)
     return pixels.clip(0, 255).astype(np.uint8)
 
 
