@@ -185,7 +185,7 @@ def main(settings: Settings) -> None:
             if summary["images_per_second"]
             else "one step only",
             "weights": weights.source,
-            "data": dataset.name,
+            "data": "stand-in, drawn by a program" if is_standin else dataset.name,
             "everything else": settings.workdir,
         },
     )

@@ -54,7 +54,7 @@ def learning_curves(path: pathlib.Path, history: Sequence[Mapping[str, float]]) 
             axes.annotate(f"{values[-1]:.3f}", (epochs[-1], values[-1]), xytext=(5, 0), textcoords="offset points")
         axes.set(xlabel="epoch", ylabel=f"{what} ({unit})", title=what, ylim=(0, None if what == "loss" else 1.03))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.margins(x=0.12)
+        axes.margins(x=0.18)  # room for the last values
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     _save(path, figure)
@@ -141,7 +141,7 @@ def versions() -> dict[str, str]:
 
 def _grid(path: pathlib.Path, title: str, count: int, draw: Callable[[Axes, int], None]) -> None:
     rows = max(1, -(-count // COLUMNS))
-    figure = Figure(figsize=(2 * COLUMNS, 2.4 * rows + 0.4), layout="constrained")
+    figure = Figure(figsize=(2 * COLUMNS, 2.1 * rows + 0.4), layout="constrained")
     figure.suptitle(title)
     for place, axes in enumerate(figure.subplots(rows, COLUMNS).flat):
         axes.axis("off")

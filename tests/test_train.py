@@ -3,6 +3,10 @@ import itertools
 import math
 import os
 import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -156,6 +160,33 @@ def test_a_batch_that_does_not_divide_over_the_devices():
 
     with pytest.raises(ValueError, match="batch of 6 does not divide over 4"):
         predict.shard(tiny.batch(0, size=6), FourDevices())
+
+
+def test_two_devices_compute_what_one_does():
+    """Bug: the batch is not shared out, gradients are not averaged over devices, or the last rows are lost."""
+    script = """
+        import jax, numpy as np, tiny, test_train
+        from jaxft import predict, train
+        mesh = predict.data_mesh()
+        step, state = train.make_train_step(tiny.prepare), predict.replicate(test_train.make_state(), mesh)
+        for t in range(3):
+            batch = predict.shard(tiny.batch(t), mesh)
+            assert len(batch["image"].sharding.device_set) == mesh.size
+            state, metrics = step(state, batch)
+        eval_step = predict.make_eval_step(lambda images: tiny.prepare(None, images))
+        found = predict.evaluate(state, eval_step, test_train.eval_batches(10), mesh)
+        print(mesh.size, float(metrics["loss"]), float(metrics["grad_norm"]), found.log_loss(), len(found.index))
+    """
+    results = []
+    for devices in (1, 2):
+        environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        environment["PYTHONPATH"] = str(Path(__file__).parent)
+        command = [sys.executable, "-c", textwrap.dedent(script)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+        assert done.returncode == 0, done.stderr
+        results.append([float(value) for value in done.stdout.split()])
+    assert [result[0] for result in results] == [1, 2]
+    assert results[1][1:] == pytest.approx(results[0][1:], rel=1e-4)
 
 
 def run(folder, config=None, *, epochs=3, batches=None, save_every=None, steps_per_epoch=4):

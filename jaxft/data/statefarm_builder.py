@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
-from rich.console import Console
-from rich.progress import Progress
 
 from jaxft.data import Dataset, decode, statefarm
+from jaxft.progress import bar
 
 _SHARD = 512  # examples; tensorflow-datasets holds those of one shard in memory, here about 25 MB
 
@@ -136,12 +135,10 @@ def _generate(layout: statefarm.Layout, data_dir: Path, place: Path) -> None:
         manual_dir=data_dir, try_download_gcs=False, compute_stats=tfds.download.ComputeStatsMode.SKIP
     )
     builder = _builder(place)
-    console = Console(stderr=True)
     # tensorflow-datasets announces itself on stdout, with sizes that it does not know.
     quiet = contextlib.redirect_stdout(io.StringIO())
-    with Progress(console=console, disable=not console.is_terminal) as progress, quiet:
-        task = progress.add_task("Reading State Farm", total=sum(map(len, layout.splits.values())))
-        builder.on_example = functools.partial(progress.advance, task)
+    with bar("reading State Farm", sum(map(len, layout.splits.values()))) as advance, quiet:
+        builder.on_example = functools.partial(advance, 1)
         builder.download_and_prepare(download_config=config)
 
 
