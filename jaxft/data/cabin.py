@@ -385,20 +385,25 @@ def _photograph(image: Image.Image, driver: Driver, light: np.ndarray, rng: np.r
     image = image.reduce(SUPERSAMPLING)
     if (blur := rng.uniform(-0.6, 1.3)) > 0.3:
         image = image.filter(ImageFilter.BoxBlur(blur))
-    pixels = np.asarray(image, np.float32)
-    y, x = np.mgrid[-1 : 1 : HEIGHT * 1j, -1 : 1 : WIDTH * 1j].astype(np.float32)
+    x, y = np.linspace(-1, 1, WIDTH).astype(np.float32), np.linspace(-1, 1, HEIGHT).astype(np.float32)[:, None]
     angle = 2 * math.pi * light[0]
     gain = 1 + (0.1 + 0.2 * light[1]) * (math.cos(angle) * x + math.sin(angle) * y)
     band = math.cos(angle + 1) * x + math.sin(angle + 1) * y - (2 * light[2] - 1)
-    gain = np.where(np.abs(band) < 0.3 * light[3], gain * 0.75, gain)  # the shadow of a pillar
-    gain = gain * driver.exposure * rng.uniform(0.85, 1.15)
+    gain[np.abs(band) < 0.3 * light[3]] *= 0.75  # the shadow of a pillar
+    gain *= driver.exposure
+    gain *= rng.uniform(0.85, 1.15)
     warmth = (light[4] - 0.5) * 0.36
-    pixels *= gain[..., None] * np.asarray([1 + warmth, 1.0, 1 - warmth], np.float32)
     glare = 100 * light[5] ** 3 * np.exp(-6 * ((x - 0.4 * math.cos(angle)) ** 2 + (y + 0.6) ** 2))
-    pixels += glare[..., None]
-    grain = rng.standard_normal((HEIGHT // 2, WIDTH // 2, 3), np.float32).repeat(2, 0).repeat(2, 1)
-    pixels += grain * rng.uniform(3, 9)
-    return pixels.clip(0, 255).astype(np.uint8)
+    grain = rng.standard_normal((HEIGHT // 2, WIDTH // 2, 3), np.float32) * rng.uniform(3, 9)
+    drawn, pixels = np.asarray(image), np.empty((HEIGHT, WIDTH, 3), np.uint8)
+    for c, colour in enumerate(np.asarray([1 + warmth, 1.0, 1 - warmth], np.float32)):  # twice as fast as all at once
+        channel = drawn[..., c].astype(np.float32)
+        channel *= gain * colour
+        channel += glare
+        blocks = channel.reshape(HEIGHT // 2, 2, WIDTH // 2, 2)  # a grain is 2×2 pixels
+        blocks += grain[:, None, :, None, c]
+        pixels[..., c] = channel.clip(0, 255)
+    return pixels
 
 
 def _plus(point: Point, x: float, y: float) -> Point:
