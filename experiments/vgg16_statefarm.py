@@ -32,16 +32,26 @@ STANDIN_NOTE = "STAND-IN DATA: these images are drawn by a program; this score s
 
 # What depends on the data: Kaggle's get the origin's settings, the stand-in those of a quick look on two cores, where
 # activations are far from unit scale: without clipping the first steps end in NaN or in units that never fire again.
-# fmt: off
 DEFAULTS = {
     "kaggle": {
-        "image_size": 224, "epochs": 10, "lr": 1e-3, "decay": 1e-6, "clip_norm": math.inf, "rotation": 10.0, "shift": 0.1,
+        "image_size": 224,
+        "epochs": 10,
+        "lr": 1e-3,
+        "decay": 1e-6,
+        "clip_norm": math.inf,
+        "rotation": 10.0,
+        "shift": 0.1,
     },
     "standin": {
-        "image_size": 80, "epochs": 4, "lr": 3e-2, "decay": 2e-2, "clip_norm": 1.0, "rotation": 3.0, "shift": 0.03,
+        "image_size": 80,
+        "epochs": 4,
+        "lr": 3e-2,
+        "decay": 2e-2,
+        "clip_norm": 1.0,
+        "rotation": 3.0,
+        "shift": 0.03,
     },
 }
-# fmt: on
 
 
 @dataclasses.dataclass(frozen=True)
