@@ -11,8 +11,8 @@ defective from a probability of 0.5 on. The paper's VGG-19 from ImageNet reaches
 Result with the convolutions of hed-bsds500 in place of ImageNet's, at 96 pixels, 3 epochs of the new layers alone and 4
 of all but the first four convolutions (2 cores of an x86-64 CPU, Python 3.11, jax 0.10.2, flax 0.12.8, optax 0.2.8):
 
-    python -m experiments.vgg16_elpv --weights hed-bsds500 --image-size 96 --head-epochs 3 --epochs 4 --freeze first:10 \
-        --seed S --workdir runs/vgg16_elpv-S
+    python -m experiments.vgg16_elpv --weights hed-bsds500 --image-size 96 --head-epochs 3 --epochs 4 \
+        --freeze first:10 --seed S --workdir runs/vgg16_elpv-S
 
     seed 0: 81.25 %, seed 1: 82.01 % of 656 cells (n = 2, each its own split; the new layers alone: 70.88 %, 65.40 %)
 

@@ -60,24 +60,38 @@ def render(root: Path, *, drivers: int, images_per_driver: int, seed: int = 0, w
             f"a stand-in of {drivers} drivers × {images_per_driver} images: expected at least one driver and "
             f"{CLASSES} images, one of each class"
         )
-    marker: dict[str, Any] = {"note": NOTE, "version": VERSION, "seed": seed}
-    marker |= {"drivers": drivers, "images_per_driver": images_per_driver}
+    facts: dict[str, Any] = {"note": NOTE, "version": VERSION, "seed": seed}
+    facts |= {"drivers": drivers, "images_per_driver": images_per_driver}
+    marker = json.dumps(facts, indent=2) + "\n"
     root = root.absolute()
     if root.exists():
-        found = root / MARKER
-        if found.is_file() and json.loads(found.read_text()) == marker:
+        if _holds(root, marker):
             return root
-        raise ValueError(f"{root} is there and is not this stand-in ({marker}); name another folder or delete it")
-    root.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
+        raise ValueError(f"{root} is there and is not this stand-in ({facts}); name another folder or delete it")
+    partial = None
     try:
+        root.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
         _write(partial, drivers, images_per_driver, seed, workers)
-        (partial / MARKER).write_text(json.dumps(marker, indent=2) + "\n")
+        (partial / MARKER).write_text(marker)
         partial.chmod(0o755)  # mkdtemp's is for its owner alone
         os.replace(partial, root)
+    except OSError as error:
+        if not _holds(root, marker):  # another process that drew the same may have been first
+            # Said here because a write into a full disk fails without saying where.
+            raise OSError(
+                error.errno,
+                f"the stand-in of {drivers} × {images_per_driver} images cannot be written to {root}; nothing of it is "
+                f"left behind; make room or name another folder: {error}",
+            ) from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial:
+            shutil.rmtree(partial, ignore_errors=True)
     return root
+
+
+def _holds(root: Path, marker: str) -> bool:
+    return (root / MARKER).is_file() and (root / MARKER).read_text() == marker
 
 
 def _write(folder: Path, drivers: int, images_per_driver: int, seed: int, workers: int | None) -> None:
