@@ -430,7 +430,7 @@ class Arguments:
 
 
 def main(arguments: Arguments) -> None:
-    options = {} if arguments.head is None else {"head": vgg.head(arguments.head)}
+    options: dict[str, Any] = {} if arguments.head is None else {"head": vgg.head(arguments.head)}
     if arguments.out is not None and arguments.out.exists():
         raise ValueError(f"--out {arguments.out} exists already; name a new folder")
     variables, report = load(

@@ -99,11 +99,11 @@ def worst_mistakes(
 
     def draw(axes: Axes, place: int) -> None:
         row, index = worst[place], predictions.index[worst[place]]
-        guess = predictions.probabilities[row].argmax()
+        guess = int(predictions.probabilities[row].argmax())
         axes.imshow(image(int(index)))
         axes.set_title(
-            f"{classes[predictions.label[row]]}\n→ {classes[guess]} {predictions.probabilities[row, guess]:.0%}\n"
-            f"{names[index]}",
+            f"{classes[int(predictions.label[row])]}\n→ {classes[guess]} {predictions.probabilities[row, guess]:.0%}\n"
+            f"{names[int(index)]}",
             fontsize=8,
         )
 
