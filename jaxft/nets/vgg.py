@@ -127,19 +127,24 @@ class VGG(nn.Module):
         return stages
 
 
-def spec(depths: tuple[int, ...], notop_md5: str, md5: str) -> Spec:
+def spec(depths: tuple[int, ...], num_params: int, gmac: float, md5: str, notop_md5: str) -> Spec:
     """The zoo's row of a VGG. Source of URLs and hashes: `keras.applications`."""
     net = f"vgg{sum(depths) + 3}"
     url = f"https://storage.googleapis.com/tensorflow/keras-applications/{net}/{net}_weights_tf_dim_ordering_tf_kernels"
     return Spec(
         net=partial(VGG, depths),
+        about=f"{len(depths)} blocks of 3×3 convolutions and three dense layers, {sum(depths) + 3} in all",
         native_size=(224, 224),
-        weights={
-            "imagenet": WeightFile(f"{url}.h5", md5, classifier=True, preprocessing="caffe"),
-            "imagenet-notop": WeightFile(f"{url}_notop.h5", notop_md5, classifier=False, preprocessing="caffe"),
-        },
+        preprocessing="caffe",
         head="predictions",
         classifier=("fc1", "fc2", "predictions"),
+        num_params=num_params,
+        gmac=gmac,
+        weights={
+            "imagenet": WeightFile(f"{url}.h5", md5, classifier=True),
+            "imagenet-notop": WeightFile(f"{url}_notop.h5", notop_md5, classifier=False),
+        },
+        flattened={"fc1": FLATTENED},
     )
 
 

@@ -1,0 +1,187 @@
+"""DenseNet-121, 161, 169 and 201 (Huang et al., 2016, arXiv:1608.06993, table 1), with and without Scale layers."""
+
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from jaxft.nets.common import Scale, Spec, Stage, WeightFile, batch_norm, check_size, classify, conv, fold
+
+
+class DenseNet(nn.Module):
+    """DenseNet-BC: bottlenecks of four times the growth, transitions that halve the channels.
+
+    Attributes:
+        depths: dense layers in each of the four blocks.
+        growth: channels that each dense layer adds.
+        stem_width: channels of the first convolution.
+        scale: the form converted from Caffe, with BatchNorm ε 1.1e-5 and a Scale layer behind each; else that of
+            `keras.applications`, with ε 1.001e-5.
+        num_classes: width of the last layer; None stops at the last feature map.
+        fold_scale: leaves Scale layers out, for variables from `common.fold_scales`.
+        frozen: names of frozen layers; their BatchNorm uses and keeps the running statistics.
+        dtype: of the computation; parameters, statistics and logits are float32.
+
+    Source: the paper's table 1; layer names of `keras.applications.densenet`, with `scale` of DenseNet-Keras.
+    """
+
+    depths: tuple[int, ...]
+    growth: int = 32
+    stem_width: int = 64
+    scale: bool = False
+    num_classes: int | None = 1000
+    fold_scale: bool = False
+    frozen: frozenset[str] = frozenset()
+    dtype: DTypeLike = jnp.float32
+
+    def layers(self) -> dict[str, tuple[str, ...]]:
+        """Stage name → its layers in the order of Keras's `model.layers`, those without weights included."""
+        table: dict[str, tuple[str, ...]] = {
+            "conv1": ("input", "conv1_pad", self._stem, *self._norm("conv1"), "conv1_relu"),
+            "pool1": ("pool1_pad", "pool1"),
+        }
+        for s, depth in enumerate(self.depths, 2):
+            for b in range(1, depth + 1):
+                stage, (first, second), (conv1, conv2) = self._dense(s, b)
+                # The script of the Scale files pads in a layer of its own.
+                padding = (f"{conv2}_pad",) if self.scale else ()
+                table[stage] = (
+                    *(*self._norm(first), f"{first}_relu", conv1),
+                    *(*self._norm(second), f"{second}_relu", *padding, conv2, f"{stage}_concat"),
+                )
+            stage, norm, transition = self._transition(s)
+            rest = (transition, f"{stage}_pool") if s <= len(self.depths) else ()
+            table[stage] = (*self._norm(norm), f"{stage}_relu", *rest)
+        if self.num_classes is not None:
+            table |= {"avg_pool": ("avg_pool",), self._head: (self._head,)}
+        return table
+
+    def head_layers(self) -> tuple[str, ...]:
+        """The weighted layers that no ImageNet file fills."""
+        return () if self.num_classes is None else (self._head,)
+
+    @nn.compact
+    def __call__(
+        self, images: jax.Array, *, train: bool = False, start: str | None = None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Runs the net, or what follows the stage `start`.
+
+        Args:
+            images: [B, H, W, 3], 32×32 or more, preprocessed for the weight file; with `start`, that stage's output.
+            train: BatchNorm uses the statistics of the batch, frozen layers excepted.
+
+        Returns:
+            (logits float32 [B, num_classes], outputs of every stage by name). Without a classifier the first is the
+            last feature map, [B, about H/32, W/32, C].
+
+        Raises:
+            ValueError: the images are too small, or `start` is no stage.
+        """
+        if start is None:
+            check_size("DenseNet", images, 32)
+
+        def norm_relu(x: jax.Array, name: str) -> jax.Array:
+            norm, *scale = self._norm(name)
+            epsilon = 1.1e-5 if self.scale else 1.001e-5
+            x = batch_norm(x, norm, train=train, frozen=self.frozen, epsilon=epsilon, dtype=self.dtype)
+            return nn.relu(Scale(self.dtype, name=scale[0])(x) if scale else x)
+
+        convolve = partial(conv, bias=False, dtype=self.dtype)
+
+        def stem(x: jax.Array) -> jax.Array:
+            x = convolve(x, self._stem, self.stem_width, (7, 7), strides=2, padding=((3, 3), (3, 3)))
+            return norm_relu(x, "conv1")
+
+        def dense(x: jax.Array, s: int, b: int) -> jax.Array:
+            _, norms, convs = self._dense(s, b)
+            y = convolve(norm_relu(x, norms[0]), convs[0], 4 * self.growth, (1, 1))
+            y = convolve(norm_relu(y, norms[1]), convs[1], self.growth, (3, 3))
+            return jnp.concatenate([x, y], -1)
+
+        def transition(x: jax.Array, s: int) -> jax.Array:
+            _, norm, name = self._transition(s)
+            x = norm_relu(x, norm)
+            if s > len(self.depths):
+                return x
+            return nn.avg_pool(convolve(x, name, x.shape[-1] // 2, (1, 1)), (2, 2), (2, 2))
+
+        stages: list[Stage] = [
+            ("conv1", stem),
+            ("pool1", lambda x: nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))),
+        ]
+        for s, depth in enumerate(self.depths, 2):
+            stages += [(self._dense(s, b)[0], partial(dense, s=s, b=b)) for b in range(1, depth + 1)]
+            stages.append((self._transition(s)[0], partial(transition, s=s)))
+        if self.num_classes is not None:
+            stages += [
+                ("avg_pool", lambda x: x.mean((1, 2))),
+                (self._head, partial(classify, name=self._head, num_classes=self.num_classes)),
+            ]
+        return fold(stages, images.astype(self.dtype), start)
+
+    @property
+    def _head(self) -> str:
+        return "fc6" if self.scale else "predictions"
+
+    @property
+    def _stem(self) -> str:
+        return "conv1" if self.scale else "conv1_conv"
+
+    def _norm(self, name: str) -> tuple[str, ...]:
+        """Names of a BatchNorm and its Scale."""
+        if not self.scale:
+            return (name if name == "bn" else f"{name}_bn",)
+        return (f"{name}_bn",) if self.fold_scale else (f"{name}_bn", f"{name}_scale")
+
+    def _dense(self, s: int, b: int) -> tuple[str, tuple[str, str], tuple[str, str]]:
+        """(stage, stems of its BatchNorms' names, names of its convolutions) of dense layer b of block s."""
+        if self.scale:
+            first, second = f"conv{s}_{b}_x1", f"conv{s}_{b}_x2"
+            return f"conv{s}_{b}", (first, second), (first, second)
+        stage = f"conv{s}_block{b}"
+        return stage, (f"{stage}_0", f"{stage}_1"), (f"{stage}_1_conv", f"{stage}_2_conv")
+
+    def _transition(self, s: int) -> tuple[str, str, str]:
+        """(stage, stem of its BatchNorm's name, name of its convolution) behind block s; the last has none."""
+        if self.scale:
+            return f"conv{s}_blk", f"conv{s}_blk", f"conv{s}_blk"
+        stage = "bn" if s > len(self.depths) else f"pool{s}"
+        return stage, stage, f"{stage}_conv"
+
+
+def spec(depths: tuple[int, ...], num_params: int, gmac: float, md5: str, notop_md5: str) -> Spec:
+    """The zoo's row of a DenseNet of `keras.applications`, the source of URL and hashes."""
+    net = f"densenet{2 * sum(depths) + 5}"
+    url = "https://storage.googleapis.com/tensorflow/keras-applications/densenet/"
+    url += f"{net}_weights_tf_dim_ordering_tf_kernels"
+    return Spec(
+        net=partial(DenseNet, depths),
+        about="keras.applications: BatchNorm ε 1.001e-5, no Scale layers",
+        native_size=(224, 224),
+        preprocessing="torch",
+        head="predictions",
+        classifier=("predictions",),
+        num_params=num_params,
+        gmac=gmac,
+        weights={
+            "imagenet": WeightFile(f"{url}.h5", md5, classifier=True),
+            "imagenet-notop": WeightFile(f"{url}_notop.h5", notop_md5, classifier=False),
+        },
+        aliases={"fc1000": "predictions"},
+    )
+
+
+def spec_scale(depths: tuple[int, ...], num_params: int, gmac: float, growth: int = 32, stem_width: int = 64) -> Spec:
+    """The zoo's row of a DenseNet with Scale layers; its files have no official address, so give their path."""
+    return Spec(
+        net=partial(DenseNet, depths, growth, stem_width, scale=True),
+        about="from Caffe: BatchNorm ε 1.1e-5 and a Scale layer",
+        native_size=(224, 224),
+        preprocessing="caffe_017",
+        head="fc6",
+        classifier=("fc6",),
+        num_params=num_params,
+        gmac=gmac,
+    )

@@ -1,0 +1,216 @@
+"""ResNet-50, 101 and 152 (He et al., 2015, arXiv:1512.03385, table 1), in the three forms that Keras weights have."""
+
+import dataclasses
+from collections.abc import Iterator
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from jaxft.nets.common import Scale, Spec, Stage, WeightFile, batch_norm, check_size, classify, conv, fold
+
+WIDTHS = (64, 128, 256, 512)  # of the 3×3 convolutions of stages 2 to 5; blocks end four times as wide
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """How one form of the weights differs from the others.
+
+    `epsilon` is BatchNorm's; `scale` adds a Scale layer behind each; `pool_padding` is that of pool1; `names` is
+    `blocks` (conv2_block1_1_conv), `letters` (res2a_branch2a) or `numbers` (res3b1_branch2a). Keras orders the last
+    convolution of a block and its shortcut as they are added: `shortcut_first`.
+    """
+
+    bias: bool
+    epsilon: float
+    scale: bool
+    pool_padding: int
+    names: str
+    shortcut_first: bool
+
+
+VARIANTS = {
+    # keras.applications, since its release 1.0.7
+    "keras": Variant(bias=True, epsilon=1.001e-5, scale=False, pool_padding=1, names="blocks", shortcut_first=True),
+    # fchollet/deep-learning-models, release v0.2
+    "v02": Variant(bias=True, epsilon=1e-3, scale=False, pool_padding=0, names="letters", shortcut_first=False),
+    # converted from the authors' Caffe models
+    "scale": Variant(bias=False, epsilon=1.1e-5, scale=True, pool_padding=0, names="numbers", shortcut_first=False),
+}
+
+
+class ResNet(nn.Module):
+    """ResNet with bottleneck blocks; strides sit on the first 1×1 convolution of a block.
+
+    Attributes:
+        depths: blocks in each of the four stages.
+        variant: a key of `VARIANTS`.
+        num_classes: width of the last layer; None stops at the last feature map.
+        fold_scale: leaves Scale layers out, for variables from `common.fold_scales`.
+        frozen: names of frozen layers; their BatchNorm uses and keeps the running statistics.
+        dtype: of the computation; parameters, statistics and logits are float32.
+
+    Source: the paper's table 1; layer names of `keras.applications.resnet`, or of the older file that `variant` names.
+    """
+
+    depths: tuple[int, ...]
+    variant: str = "keras"
+    num_classes: int | None = 1000
+    fold_scale: bool = False
+    frozen: frozenset[str] = frozenset()
+    dtype: DTypeLike = jnp.float32
+
+    def layers(self) -> dict[str, tuple[str, ...]]:
+        """Stage name → its layers in the order of Keras's `model.layers`, those without weights included."""
+        form = VARIANTS[self.variant]
+        stem = self._unit("", "")
+        table = {
+            "conv1": ("input", "conv1_pad", *stem, "conv1_relu"),
+            "pool1": (*["pool1_pad"] * form.pool_padding, "pool1_pool"),
+        }
+        for stage, block, _, strides in self._blocks():
+            units = [self._unit(block, branch) for branch in ("1", "2a", "2b", "2c")]
+            main = [layer for unit, relu in zip(units[1:3], "ab", strict=True) for layer in (*unit, f"{block}_{relu}")]
+            last = [units[3]]
+            if strides:
+                last.insert(0 if form.shortcut_first else 1, units[0])
+            side_by_side = [layer for pair in zip(*last, strict=True) for layer in pair]
+            table[stage] = (*main, *side_by_side, f"{block}_add", f"{block}_out")
+        if self.num_classes is not None:
+            table |= {"avg_pool": ("avg_pool",), self._head: (self._head,)}
+        return table
+
+    def head_layers(self) -> tuple[str, ...]:
+        """The weighted layers that no ImageNet file fills."""
+        return () if self.num_classes is None else (self._head,)
+
+    @nn.compact
+    def __call__(
+        self, images: jax.Array, *, train: bool = False, start: str | None = None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Runs the net, or what follows the stage `start`.
+
+        Args:
+            images: [B, H, W, 3], 32×32 or more, preprocessed for the weight file; with `start`, that stage's output.
+            train: BatchNorm uses the statistics of the batch, frozen layers excepted.
+
+        Returns:
+            (logits float32 [B, num_classes], outputs of every stage by name). Without a classifier the first is the
+            last feature map, [B, ⌈H/32⌉, ⌈W/32⌉, 2048] or one less where pool1 is not padded.
+
+        Raises:
+            ValueError: the images are too small, or `start` is no stage.
+        """
+        if start is None:
+            check_size("ResNet", images, 32)
+        pool_padding = VARIANTS[self.variant].pool_padding
+        stages: list[Stage] = [
+            ("conv1", lambda x: nn.relu(self._conv_bn(x, "", "", 64, 7, train, strides=2, padding=((3, 3), (3, 3))))),
+            # Keras pads with zeros, which behind a ReLU is the same as no padding.
+            ("pool1", lambda x: nn.max_pool(x, (3, 3), (2, 2), padding=((pool_padding, pool_padding),) * 2)),
+        ]
+        for stage, block, width, strides in self._blocks():
+            stages.append((stage, partial(self._block, block=block, width=width, strides=strides, train=train)))
+        if self.num_classes is not None:
+            stages += [
+                ("avg_pool", lambda x: x.mean((1, 2))),
+                (self._head, partial(classify, name=self._head, num_classes=self.num_classes)),
+            ]
+        return fold(stages, images.astype(self.dtype), start)
+
+    @property
+    def _head(self) -> str:
+        return "predictions" if VARIANTS[self.variant].names == "blocks" else "fc1000"
+
+    def _blocks(self) -> Iterator[tuple[str, str, int, int]]:
+        """(stage, prefix of its layers, width, strides) of every block; strides 0 is a shortcut without convolution."""
+        names = VARIANTS[self.variant].names
+        for s, (depth, width) in enumerate(zip(self.depths, WIDTHS, strict=True), 2):
+            for b in range(depth):
+                numbered = names == "numbers" and s in (3, 4) and b
+                letter = f"b{b}" if numbered else chr(ord("a") + b)
+                block = f"conv{s}_block{b + 1}" if names == "blocks" else f"{s}{letter}"
+                yield block if names == "blocks" else f"res{block}", block, width, 0 if b else 1 if s == 2 else 2
+
+    def _unit(self, block: str, branch: str) -> tuple[str, ...]:
+        """Names of a convolution, its BatchNorm and its Scale; branch 1 is the shortcut, no block is the stem."""
+        form = VARIANTS[self.variant]
+        if form.names == "blocks":
+            i = {"": "", "1": "_0", "2a": "_1", "2b": "_2", "2c": "_3"}[branch]
+            return (f"{block or 'conv1'}{i}_conv", f"{block or 'conv1'}{i}_bn")
+        at = f"{block}_branch{branch}" if block else "_conv1"
+        scale = (f"scale{at}",) if form.scale and not self.fold_scale else ()
+        return (f"res{at}" if block else "conv1", f"bn{at}", *scale)
+
+    def _conv_bn(self, x, block, branch, width, size, train, strides=1, padding="SAME") -> jax.Array:
+        form = VARIANTS[self.variant]
+        name, norm, *scale = self._unit(block, branch)
+        x = conv(x, name, width, (size, size), strides=strides, padding=padding, bias=form.bias, dtype=self.dtype)
+        x = batch_norm(x, norm, train=train, frozen=self.frozen, epsilon=form.epsilon, dtype=self.dtype)
+        return Scale(self.dtype, name=scale[0])(x) if scale else x
+
+    def _block(self, x: jax.Array, block: str, width: int, strides: int, train: bool) -> jax.Array:
+        shortcut = self._conv_bn(x, block, "1", 4 * width, 1, train, strides) if strides else x
+        x = nn.relu(self._conv_bn(x, block, "2a", width, 1, train, strides or 1))
+        x = nn.relu(self._conv_bn(x, block, "2b", width, 3, train))
+        x = self._conv_bn(x, block, "2c", 4 * width, 1, train)
+        return nn.relu(x + shortcut)
+
+
+def spec(depths: tuple[int, ...], num_params: int, gmac: float, md5: str, notop_md5: str) -> Spec:
+    """The zoo's row of a ResNet of `keras.applications`, the source of URL and hashes."""
+    net = f"resnet{3 * sum(depths) + 2}"
+    url = (
+        f"https://storage.googleapis.com/tensorflow/keras-applications/resnet/{net}_weights_tf_dim_ordering_tf_kernels"
+    )
+    return Spec(
+        net=partial(ResNet, depths),
+        about="keras.applications: pool1 padded to 56×56, BatchNorm ε 1.001e-5, convolutions with bias",
+        native_size=(224, 224),
+        preprocessing="caffe",
+        head="predictions",
+        classifier=("predictions",),
+        num_params=num_params,
+        gmac=gmac,
+        weights={
+            "imagenet": WeightFile(f"{url}.h5", md5, classifier=True),
+            "imagenet-notop": WeightFile(f"{url}_notop.h5", notop_md5, classifier=False),
+        },
+        aliases={"probs": "predictions"},
+    )
+
+
+def spec_v02(num_params: int, gmac: float, md5: str, notop_md5: str) -> Spec:
+    """The zoo's row of ResNet-50 as of fchollet/deep-learning-models, release v0.2, the source of URL and hashes."""
+    url = "https://github.com/fchollet/deep-learning-models/releases/download/v0.2/"
+    url += "resnet50_weights_tf_dim_ordering_tf_kernels"
+    return Spec(
+        net=partial(ResNet, (3, 4, 6, 3), "v02"),
+        about="release v0.2: pool1 not padded (55×55), BatchNorm ε 1e-3, convolutions with bias",
+        native_size=(224, 224),
+        preprocessing="caffe",
+        head="fc1000",
+        classifier=("fc1000",),
+        num_params=num_params,
+        gmac=gmac,
+        weights={
+            "imagenet": WeightFile(f"{url}.h5", md5, classifier=True),
+            "imagenet-notop": WeightFile(f"{url}_notop.h5", notop_md5, classifier=False),
+        },
+    )
+
+
+def spec_scale(depths: tuple[int, ...], num_params: int, gmac: float) -> Spec:
+    """The zoo's row of a ResNet with Scale layers; its files have no official address, so give their path."""
+    return Spec(
+        net=partial(ResNet, depths, "scale"),
+        about="from Caffe: pool1 not padded, BatchNorm ε 1.1e-5 and a Scale layer, convolutions without bias",
+        native_size=(224, 224),
+        preprocessing="caffe",
+        head="fc1000",
+        classifier=("fc1000",),
+        num_params=num_params,
+        gmac=gmac,
+    )

@@ -1,0 +1,1 @@
+"""Keras 3 rebuilds of the origin's nets, independent of jaxft, for the parity tests."""
