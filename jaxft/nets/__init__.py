@@ -22,8 +22,12 @@ ZOO: dict[str, Spec] = {
     "inception_v3": inception.spec_v3(
         23_851_784, 5.71, "9a0d58056eeedaa3f26cb7ebd46da564", "bcbd6486424b2319ff4ef7d526e38f63"
     ),
-    "inception_v3_v02": inception.spec_v3_v02(23_728_712, 5.64, "", ""),
-    "inception_v4": inception.spec_v4(42_712_937, 12.25, "", ""),
+    "inception_v3_v02": inception.spec_v3_v02(
+        23_660_968, 5.62, "fe114b3ff2ea4bf891e9353d1bbfb32f", "2f3609166de1d967d1a481094754f691"
+    ),
+    "inception_v4": inception.spec_v4(
+        42_712_937, 12.25, "9fe79d77f793fe874470d84ca6ba4a3b", "9296b46b5971573064d12e4669110969"
+    ),
     "resnet50": resnet.spec(
         (3, 4, 6, 3), 25_636_712, 3.86, "2cb95161c43110f7111970584f804107", "4d473c1dd8becc155b73f8504c6f6626"
     ),
@@ -33,7 +37,9 @@ ZOO: dict[str, Spec] = {
     "resnet152": resnet.spec(
         (3, 8, 36, 3), 60_419_944, 11.28, "100835be76be38e30d865e96f2aaae62", "ee4c566cf9a93f14d82f913c2dc6dd0c"
     ),
-    "resnet50_v02": resnet.spec_v02(25_636_712, 3.83, "", ""),
+    "resnet50_v02": resnet.spec_v02(
+        25_636_712, 3.83, "a7b3fe01876f51b976af0dea6bc144eb", "a268eb855778b3df3c7506639542a6af"
+    ),
     "resnet101_scale": resnet.spec_scale((3, 4, 23, 3), 44_759_848, 7.55),
     "resnet152_scale": resnet.spec_scale((3, 8, 36, 3), 60_495_656, 11.26),
     "densenet121": densenet.spec(

@@ -157,7 +157,7 @@ def spec(depths: tuple[int, ...], num_params: int, gmac: float, md5: str, notop_
     url = "https://storage.googleapis.com/tensorflow/keras-applications/densenet/"
     url += f"{net}_weights_tf_dim_ordering_tf_kernels"
     return Spec(
-        net=partial(DenseNet, depths),
+        net=partial(DenseNet, depths=depths),
         about="keras.applications: BatchNorm ε 1.001e-5, no Scale layers",
         native_size=(224, 224),
         preprocessing="torch",
@@ -176,7 +176,7 @@ def spec(depths: tuple[int, ...], num_params: int, gmac: float, md5: str, notop_
 def spec_scale(depths: tuple[int, ...], num_params: int, gmac: float, growth: int = 32, stem_width: int = 64) -> Spec:
     """The zoo's row of a DenseNet with Scale layers; its files have no official address, so give their path."""
     return Spec(
-        net=partial(DenseNet, depths, growth, stem_width, scale=True),
+        net=partial(DenseNet, depths=depths, growth=growth, stem_width=stem_width, scale=True),
         about="from Caffe: BatchNorm ε 1.1e-5 and a Scale layer",
         native_size=(224, 224),
         preprocessing="caffe_017",

@@ -61,7 +61,7 @@ def fork(*branches: Chain) -> Chain:
     return (Fork(branches),)
 
 
-def v3(pool_projections: tuple[int, int, int], last_reduction: str) -> dict[str, Chain]:
+def v3(pool_projections: tuple[int, int, int], mixed7_entry: int, last_reduction: str) -> dict[str, Chain]:
     """Inception-V3: figures 5 to 7 of the paper, in the order in which Keras creates the branches."""
     table: dict[str, Chain] = {
         "stem": (
@@ -74,9 +74,9 @@ def v3(pool_projections: tuple[int, int, int], last_reduction: str) -> dict[str,
             (c(64, 1),), (c(48, 1), c(64, 5)), (c(64, 1), c(96, 3), c(96, 3)), (Pool("avg"), c(width, 1))
         )
     table["mixed3"] = fork((c(384, 3, **HALVE),), (c(64, 1), c(96, 3), c(96, 3, **HALVE)), (Pool("max", **HALVE),))
-    for i, w in enumerate((128, 160, 160, 192), 4):
+    for i, (w, entry) in enumerate(((128, 128), (160, 160), (160, 160), (192, mixed7_entry)), 4):
         table[f"mixed{i}"] = fork(
-            (c(192, 1),), chain(7, w, w, 192), chain(7, w, w, w, w, 192, first=0), (Pool("avg"), c(192, 1))
+            (c(192, 1),), chain(7, w, w, 192), chain(7, entry, w, w, w, 192, first=0), (Pool("avg"), c(192, 1))
         )
     table["mixed8"] = fork(
         (c(192, 1), c(320, 3, **HALVE)),
@@ -284,7 +284,7 @@ def _spec(net: partial[Inception], url: str, md5: str, notop_md5: str, **row: An
 def spec_v3(num_params: int, gmac: float, md5: str, notop_md5: str) -> Spec:
     """The zoo's row of Inception-V3 as of `keras.applications`, the source of URL and hashes."""
     return _spec(
-        partial(Inception, tuple(v3((32, 64, 64), "max").items())),
+        partial(Inception, table=tuple(v3((32, 64, 64), 192, "max").items())),
         "https://storage.googleapis.com/tensorflow/keras-applications/inception_v3/"
         "inception_v3_weights_tf_dim_ordering_tf_kernels",
         md5,
@@ -298,7 +298,7 @@ def spec_v3(num_params: int, gmac: float, md5: str, notop_md5: str) -> Spec:
 def spec_v3_v02(num_params: int, gmac: float, md5: str, notop_md5: str) -> Spec:
     """The zoo's row of Inception-V3 as of fchollet/deep-learning-models, release v0.2, the source of URL and hashes."""
     return _spec(
-        partial(Inception, tuple(v3((32, 32, 32), "avg").items()), relu_first=True),
+        partial(Inception, table=tuple(v3((32, 32, 32), 160, "avg").items()), relu_first=True),
         "https://github.com/fchollet/deep-learning-models/releases/download/v0.2/"
         "inception_v3_weights_tf_dim_ordering_tf_kernels",
         md5,
@@ -312,7 +312,7 @@ def spec_v3_v02(num_params: int, gmac: float, md5: str, notop_md5: str) -> Spec:
 def spec_v4(num_params: int, gmac: float, md5: str, notop_md5: str) -> Spec:
     """The zoo's row of Inception-V4 as of kentsommer/keras-inceptionV4, release 2.1, the source of URL and hashes."""
     return _spec(
-        partial(Inception, tuple(v4().items()), momentum=0.9997, dropout=0.2),
+        partial(Inception, table=tuple(v4().items()), momentum=0.9997, dropout=0.2),
         "https://github.com/kentsommer/keras-inceptionV4/releases/download/2.1/"
         "inception-v4_weights_tf_dim_ordering_tf_kernels",
         md5,

@@ -72,7 +72,8 @@ class ResNet(nn.Module):
         }
         for stage, block, _, strides in self._blocks():
             units = [self._unit(block, branch) for branch in ("1", "2a", "2b", "2c")]
-            main = [layer for unit, relu in zip(units[1:3], "ab", strict=True) for layer in (*unit, f"{block}_{relu}")]
+            padding = [f"{block}_pad"] * form.scale  # the script of the Scale files pads in a layer of its own
+            main = [*units[1], f"{block}_relu_a", *padding, *units[2], f"{block}_relu_b"]
             last = [units[3]]
             if strides:
                 last.insert(0 if form.shortcut_first else 1, units[0])
@@ -166,7 +167,7 @@ def spec(depths: tuple[int, ...], num_params: int, gmac: float, md5: str, notop_
         f"https://storage.googleapis.com/tensorflow/keras-applications/resnet/{net}_weights_tf_dim_ordering_tf_kernels"
     )
     return Spec(
-        net=partial(ResNet, depths),
+        net=partial(ResNet, depths=depths),
         about="keras.applications: pool1 padded to 56×56, BatchNorm ε 1.001e-5, convolutions with bias",
         native_size=(224, 224),
         preprocessing="caffe",
@@ -187,7 +188,7 @@ def spec_v02(num_params: int, gmac: float, md5: str, notop_md5: str) -> Spec:
     url = "https://github.com/fchollet/deep-learning-models/releases/download/v0.2/"
     url += "resnet50_weights_tf_dim_ordering_tf_kernels"
     return Spec(
-        net=partial(ResNet, (3, 4, 6, 3), "v02"),
+        net=partial(ResNet, depths=(3, 4, 6, 3), variant="v02"),
         about="release v0.2: pool1 not padded (55×55), BatchNorm ε 1e-3, convolutions with bias",
         native_size=(224, 224),
         preprocessing="caffe",
@@ -205,7 +206,7 @@ def spec_v02(num_params: int, gmac: float, md5: str, notop_md5: str) -> Spec:
 def spec_scale(depths: tuple[int, ...], num_params: int, gmac: float) -> Spec:
     """The zoo's row of a ResNet with Scale layers; its files have no official address, so give their path."""
     return Spec(
-        net=partial(ResNet, depths, "scale"),
+        net=partial(ResNet, depths=depths, variant="scale"),
         about="from Caffe: pool1 not padded, BatchNorm ε 1.1e-5 and a Scale layer, convolutions without bias",
         native_size=(224, 224),
         preprocessing="caffe",

@@ -132,7 +132,7 @@ def spec(depths: tuple[int, ...], num_params: int, gmac: float, md5: str, notop_
     net = f"vgg{sum(depths) + 3}"
     url = f"https://storage.googleapis.com/tensorflow/keras-applications/{net}/{net}_weights_tf_dim_ordering_tf_kernels"
     return Spec(
-        net=partial(VGG, depths),
+        net=partial(VGG, depths=depths),
         about=f"{len(depths)} blocks of 3×3 convolutions and three dense layers, {sum(depths) + 3} in all",
         native_size=(224, 224),
         preprocessing="caffe",
