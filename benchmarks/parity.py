@@ -52,16 +52,15 @@ REFERENCES: dict[str, Callable[..., keras.Model]] = {
 
 def odd_size(name: str) -> tuple[int, int]:
     """A (height, width) of no common factor with a net's strides."""
-    return (107, 91) if name.startswith("inception") else (67, 50)
+    return (107, 91) if "inception" in name else (67, 50)
 
 
 def reference(name: str, size: tuple[int, int], classifier: bool) -> keras.Model:
     """The net in Keras with random weights; it returns logits, or the last feature map without a classifier."""
-    keras.utils.set_random_seed(1)
+    keras.backend.clear_session()  # so that automatic names count from the start
     if name in APPLICATIONS:
-        model = APPLICATIONS[name](
-            weights=None, include_top=classifier, input_shape=(*size, 3), classifier_activation=None
-        )
+        kind = {"include_top": classifier, "classifier_activation": None}
+        model = APPLICATIONS[name](weights=None, input_shape=(*size, 3), **kind)
     else:
         classes = nets.spec(name).num_classes if classifier else None
         model = REFERENCES[name](input_shape=(*size, 3), classes=classes)
@@ -85,10 +84,9 @@ def randomise(model: keras.Model, seed: int = 2) -> None:
             layer.set_weights([draws[weight.name](weight.shape) for weight in layer.weights])
 
 
-def stage_outputs(name: str, model: keras.Model, classifier: bool) -> dict[str, Any]:
+def stage_outputs(name: str, model: keras.Model, net: Any) -> dict[str, Any]:
     """Stage of our net → the tensor of Keras's that it must equal."""
-    net = nets.create(name, nets.spec(name).num_classes if classifier else None)
-    table = net.layers()  # type: ignore[attr-defined]
+    table = net.layers()
     if name.startswith("vgg"):  # whose layers() count those of the origin's Sequential, padding and all
         ends = {stage: f"{stage}_pool" if stage.startswith("block") else stage for stage in table}
     elif name == "googlenet":  # whose heads Keras interleaves
@@ -109,9 +107,9 @@ def images_of(size: tuple[int, int], n: int = 2) -> np.ndarray:
     return np.random.default_rng(0).normal(0, 60, (n, *size, 3)).astype(np.float32)
 
 
-def keras_stages(name: str, model: keras.Model, images: np.ndarray, classifier: bool) -> dict[str, np.ndarray]:
+def keras_stages(name: str, model: keras.Model, net: Any, images: np.ndarray) -> dict[str, np.ndarray]:
     """Stage → its output by Keras."""
-    staged = keras.Model(model.input, stage_outputs(name, model, classifier))
+    staged = keras.Model(model.input, stage_outputs(name, model, net))
     with jax.default_matmul_precision("highest"):
         return {stage: np.asarray(x) for stage, x in staged(images, training=False).items()}
 
@@ -139,9 +137,8 @@ def measure(name: str, size: tuple[int, int], classifier: bool) -> dict[str, flo
         path = pathlib.Path(folder) / "net.weights.h5"
         model.save_weights(path)
         variables, _ = port_weights.load(name, path, num_classes=num_classes)
-    return deviations(
-        our_stages(nets.create(name, num_classes), variables, images), keras_stages(name, model, images, classifier)
-    )
+    net = nets.create(name, num_classes)
+    return deviations(our_stages(net, variables, images), keras_stages(name, model, net, images))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,8 +172,8 @@ def main(settings: Settings) -> None:
     head = [
         "# Parity with Keras",
         "",
-        "`python -m benchmarks.parity` writes this table: the largest max|Δ| / max|reference| over all stages, float32,",
-        "random weights and BatchNorm statistics, ported from the file that Keras saved.",
+        "`python -m benchmarks.parity` writes this table: the largest max|Δ| / max|reference| over all stages,",
+        "float32, random weights and BatchNorm statistics, ported from the file that Keras saved.",
         "",
         f"Measured on {platform.machine()}, {jax.devices()[0].device_kind}: "
         + ", ".join(f"{package} {version}" for package, version in (versions | {"keras": keras.__version__}).items())

@@ -18,7 +18,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-AUTOMATIC = re.compile(r"(?:convolution2d|conv2d|dense|batchnormalization|batch_normalization)(?:_(\d+))?")
+AUTOMATIC = re.compile(r"(?:convolution2d|conv2d|dense|batchnormalization|batch_normalization|scale)(?:_(\d+))?")
 _KERAS1_FIELD = re.compile(r"(.+)_(W|b|gamma|beta|running_mean|running_std)(?:_\d+)?")
 _MEMBER = "model.weights.h5"  # of a .keras zip
 

@@ -233,14 +233,18 @@ def _expect(name: str, net: nn.Module) -> Shapes:
     images = jax.ShapeDtypeStruct((1, *nets.spec(name).native_size, 3), jnp.float32)
     variables = jax.eval_shape(net.init, jax.random.key(0), images)
     expected: Shapes = {}
-    for layers in net.layers().values():  # type: ignore[attr-defined]
-        for layer in layers:
-            leaves = {
-                leaf: found for collection in variables.values() for leaf, found in collection.get(layer, {}).items()
-            }
-            if leaves:
-                expected[layer] = {leaf: leaves[leaf].shape for leaf in LEAVES if leaf in leaves}
+    for layer in _keras_order(net):
+        leaves = {leaf: found for collection in variables.values() for leaf, found in collection.get(layer, {}).items()}
+        if leaves:
+            expected[layer] = {leaf: leaves[leaf].shape for leaf in LEAVES if leaf in leaves}
     return expected
+
+
+def _keras_order(net: Any) -> list[str]:
+    """The net's layers as Keras's `model.layers` has them: those of `layers()`, unless the net knows better."""
+    if hasattr(net, "keras_layers"):
+        return list(net.keras_layers())
+    return [layer for layers in net.layers().values() for layer in layers]
 
 
 def _by_name(name: str, expected: Shapes, file: KerasFile) -> dict[str, Layer]:
@@ -301,8 +305,8 @@ def _order(name: str, file: KerasFile, found: Mapping[str, Layer], expected: Sha
         rotated, evidence = False, "the layout (Keras 3 has no Theano)"
     elif file.backend is not None:
         rotated, evidence = file.backend == "theano", "the file's backend attribute"
-    elif file.md5 in {weights.md5 for weights in nets.spec(name).weights.values()}:
-        rotated, evidence = False, "the file's published hash"
+    elif published := [weights for weights in nets.spec(name).weights.values() if weights.md5 == file.md5]:
+        return published[0].order, "the file's published hash"
     else:
         choices = "th or th-tf-kernels" if out_in else "tf or tf-th-kernels"
         raise ValueError(
@@ -321,6 +325,9 @@ def _match(
         return f"{name}: the net wants {wanted}, the file has no such layer"
     fields = [FIELDS.get(_field(tensor.name)) for tensor in layer.tensors]
     by_field = {str(field): tensor for field, tensor in zip(fields, layer.tensors, strict=True)}
+    if set(by_field) == {*leaves, "scale"} != set(leaves) and np.all(by_field["scale"].data[...] == 1):
+        del by_field["scale"]  # a gamma that was never trained, as in the first files of Inception-V4
+        layer = Layer(layer.name, tuple(by_field.values()))
     matched = by_field if set(by_field) == set(leaves) else dict(zip(leaves, layer.tensors, strict=False))
     shapes = {leaf: tensor.shape for leaf, tensor in matched.items()}
     if stored_out_in and len(shapes.get("kernel", ())) == 4:
@@ -447,8 +454,8 @@ class Arguments:
     """A file to write back: .weights.h5 for Keras 3, .h5 for Keras 2."""
     order: str = "auto"
     """Kernel ordering of the file: auto, tf, th, th-tf-kernels or tf-th-kernels."""
-    num_classes: int = 1000
-    """Width of the last layer; another than the file's gets a fresh one."""
+    num_classes: int | None = None
+    """Width of the last layer, by default that of the published weights; another than the file's gets a fresh one."""
     head: str | None = None
     """Of VGG: fc, gap or gap:WIDTH,…"""
     ignore: tuple[str, ...] = ()
@@ -462,7 +469,7 @@ def main(arguments: Arguments) -> None:
     variables, report = load(
         arguments.net,
         arguments.file,
-        num_classes=arguments.num_classes,
+        num_classes=arguments.num_classes or nets.spec(arguments.net).num_classes,
         order=arguments.order,
         ignore=arguments.ignore,
         **options,

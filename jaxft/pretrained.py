@@ -89,10 +89,14 @@ def resolve(
         return Weights("hed-bsds500", path, HED_SHA256, spec.preprocessing, HED_SIDE_OUTPUTS)
 
     if published is None:
-        raise ValueError(f"no official Keras file {'with' if classifier else 'without'} classifier exists for {name}")
+        kind = "with" if classifier else "without"
+        raise ValueError(
+            f"there is no published Keras file {kind} classifier for {name}; give the path of a file, or none"
+        )
     known_hash = f"md5:{published.md5}"
     try:
-        path = fetch.from_url(published.url, known_hash, probe=weights == "auto", cache=folder)
+        # Files of two releases share a name, so each net has a folder.
+        path = fetch.from_url(published.url, known_hash, probe=weights == "auto", cache=folder / name)
     except fetch.Unavailable as error:
         if weights != "auto" or name != "vgg16" or classifier:
             raise

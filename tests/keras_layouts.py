@@ -1,6 +1,7 @@
 """Weight files as Keras wrote them from 2015 on, written out by hand from descriptions of the layouts.
 
-Every function takes layers as [(name, [array, …]), …] in the order of the model, weightless ones with an empty list.
+Every function takes layers as [(name, [array, …]), …] in the order of the model, weightless ones with an empty list;
+`named` and those below also take [(name, {field: array, …}), …], for layers with more than a kernel and a bias.
 """
 
 import zipfile
@@ -13,6 +14,10 @@ def theano(layers, flattened=None):
     """HWIO kernels → (out, in, h, w), taps rotated; `flattened` = (name, (h, w, c)) of the Dense behind a Flatten."""
     stored = []
     for name, arrays in layers:
+        if isinstance(arrays, dict):
+            flipped = theano([(name, list(arrays.values()))], flattened)[0][1]
+            stored.append((name, dict(zip(arrays, flipped, strict=True))))
+            continue
         arrays = [a[::-1, ::-1].transpose(3, 2, 0, 1) if a.ndim == 4 else a for a in arrays]
         if flattened and name == flattened[0]:
             h, w, c = flattened[1]
@@ -57,9 +62,11 @@ def named(path, layers, weight_name, *, attributes=(), chunked=False, as_str=Fal
             group.attrs["layer_names"] = names
         for name, arrays in layers:
             own = group.create_group(name)
-            stored = [weight_name(name, field) for field, _ in zip(("kernel", "bias"), arrays, strict=False)]
+            if not isinstance(arrays, dict):
+                arrays = dict(zip(("kernel", "bias"), arrays, strict=False))
+            stored = [weight_name(name, field) for field in arrays]
             own.attrs["weight_names"] = [encode(s) for s in stored] if stored else np.zeros(0)
-            for s, array in zip(stored, arrays, strict=True):
+            for s, array in zip(stored, arrays.values(), strict=True):
                 own[s] = array
         if extra:
             group.create_group("top_level_model_weights").attrs["weight_names"] = np.zeros(0)
@@ -103,7 +110,9 @@ def keras_3(path, layers, *, prefix="layers", gaps=False, with_names=False):
     counts = {}
     with h5py.File(h5, "w") as file:
         for name, arrays in layers:
-            kind = {4: "conv2d", 2: "dense"}[arrays[0].ndim] if arrays else "max_pooling2d"
+            arrays = list(arrays.values()) if isinstance(arrays, dict) else arrays
+            vectors = "scale" if len(arrays) == 2 else "batch_normalization"
+            kind = {4: "conv2d", 2: "dense"}.get(arrays[0].ndim, vectors) if arrays else "max_pooling2d"
             number = counts[kind] = counts.get(kind, -1) + 1
             number *= 2 if gaps else 1
             group = file.create_group(f"{prefix}/{kind}_{number}/vars" if number else f"{prefix}/{kind}/vars")

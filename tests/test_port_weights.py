@@ -191,7 +191,7 @@ def test_a_published_hash_decides(tmp_path, layers, monkeypatch):
     """Bug: the official files, which name no backend, need a word."""
     path = write.named(tmp_path / "w.h5", layers, write.keras_1_official)
     row = nets.ZOO["vgg16"]
-    weights = vgg.WeightFile("", hashlib.md5(path.read_bytes()).hexdigest(), classifier=True)
+    weights = nets.WeightFile("", hashlib.md5(path.read_bytes()).hexdigest(), classifier=True)
     monkeypatch.setitem(nets.ZOO, "vgg16", dataclasses.replace(row, weights={"x": weights}))
     assert port_weights.load("vgg16", path, num_classes=CLASSES)[1].decided_by == "the file's published hash"
 

@@ -52,10 +52,10 @@ def cache(tmp_path: Path) -> Path:
 def test_imagenet_takes_the_file_that_fits(official: Served, cache: Path):
     """Fails if `classifier` picks the wrong one of the two files, or its hash is not the one recorded."""
     found = pretrained.resolve("vgg19", "imagenet", classifier=False, cache=cache)
-    assert found == pretrained.Weights("imagenet", cache / "vgg19-imagenet-notop.h5", sha256(NOTOP), "caffe")
+    assert found == pretrained.Weights("imagenet", cache / "vgg19" / "vgg19-imagenet-notop.h5", sha256(NOTOP), "caffe")
     official.content = FULL
     found = pretrained.resolve("vgg19", "imagenet", classifier=True, cache=cache)
-    assert found == pretrained.Weights("imagenet", cache / "vgg19-imagenet.h5", sha256(FULL), "caffe")
+    assert found == pretrained.Weights("imagenet", cache / "vgg19" / "vgg19-imagenet.h5", sha256(FULL), "caffe")
 
 
 def test_imagenet_never_falls_back(official: Served, hed: Path, cache: Path):
@@ -69,7 +69,7 @@ def test_imagenet_never_falls_back(official: Served, hed: Path, cache: Path):
 def test_variable_names_the_cache(official: Served, cache: Path, monkeypatch: pytest.MonkeyPatch):
     """Fails if $JAXFT_CACHE does not reach the download."""
     monkeypatch.setenv("JAXFT_CACHE", str(cache))
-    assert pretrained.resolve("vgg16", "imagenet", classifier=False).path == cache / "vgg16-imagenet-notop.h5"
+    assert pretrained.resolve("vgg16", "imagenet", classifier=False).path == cache / "vgg16" / "vgg16-imagenet-notop.h5"
 
 
 def test_auto_takes_imagenet_if_reachable(official: Served, hed: Path, cache: Path, capsys: pytest.CaptureFixture[str]):
@@ -162,7 +162,7 @@ def test_no_official_file(monkeypatch: pytest.MonkeyPatch):
     spec = nets.spec("vgg16")
     only = {"imagenet": spec.weights["imagenet"]}
     monkeypatch.setitem(nets.ZOO, "vgg16", dataclasses.replace(spec, weights=only))
-    with pytest.raises(ValueError, match="no official Keras file without classifier exists for vgg16"):
+    with pytest.raises(ValueError, match="no published Keras file without classifier for vgg16"):
         pretrained.resolve("vgg16", "imagenet", classifier=False)
 
 

@@ -23,7 +23,10 @@ ZOO: dict[str, Spec] = {
         23_851_784, 5.71, "9a0d58056eeedaa3f26cb7ebd46da564", "bcbd6486424b2319ff4ef7d526e38f63"
     ),
     "inception_v3_v02": inception.spec_v3_v02(
-        23_660_968, 5.62, "fe114b3ff2ea4bf891e9353d1bbfb32f", "2f3609166de1d967d1a481094754f691"
+        23_660_968,
+        5.62,
+        tf=("fe114b3ff2ea4bf891e9353d1bbfb32f", "2f3609166de1d967d1a481094754f691"),
+        th=("b3baf3070cc4bf476d43a2ea61b0ca5f", "79aaa90ab4372b4593ba3df64e142f05"),
     ),
     "inception_v4": inception.spec_v4(
         42_712_937, 12.25, "9fe79d77f793fe874470d84ca6ba4a3b", "9296b46b5971573064d12e4669110969"
@@ -38,7 +41,10 @@ ZOO: dict[str, Spec] = {
         (3, 8, 36, 3), 60_419_944, 11.28, "100835be76be38e30d865e96f2aaae62", "ee4c566cf9a93f14d82f913c2dc6dd0c"
     ),
     "resnet50_v02": resnet.spec_v02(
-        25_636_712, 3.83, "a7b3fe01876f51b976af0dea6bc144eb", "a268eb855778b3df3c7506639542a6af"
+        25_636_712,
+        3.83,
+        tf=("a7b3fe01876f51b976af0dea6bc144eb", "a268eb855778b3df3c7506639542a6af"),
+        th=("1c1f8f5b0c8ee28fe9d950625a230e1c", "f64f049c92468c9affcd44b0976cdafe"),
     ),
     "resnet101_scale": resnet.spec_scale((3, 4, 23, 3), 44_759_848, 7.55),
     "resnet152_scale": resnet.spec_scale((3, 8, 36, 3), 60_495_656, 11.26),

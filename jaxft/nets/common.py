@@ -18,12 +18,13 @@ class WeightFile:
     """A published Keras weight file.
 
     `md5` is the hash that is published beside the URL; `classifier` says whether the file holds the layers behind the
-    last feature map.
+    last feature map; `order` is the ordering of its kernels, a key of `port_weights.ORDERS`.
     """
 
     url: str
     md5: str
     classifier: bool
+    order: str = "tf"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Spec:
         num_classes: of the published weights.
         num_params: with that classifier, running statistics included, as Keras counts them.
         gmac: 10⁹ multiply-accumulates of convolutions and dense layers, for one image of the native size.
-        weights: `"imagenet"` (with classifier), `"imagenet-notop"` and others → published files.
+        weights: `"imagenet"` (with classifier) and `"imagenet-notop"` → published files, with `"-th"` in Theano's form.
         aliases: other names that weight files use → layer names of the net.
         flattened: dense layer behind a Flatten → (height, width) of the map that is flattened.
     """
@@ -57,6 +58,16 @@ class Spec:
     weights: Mapping[str, WeightFile] = dataclasses.field(default_factory=dict)
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     flattened: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+
+
+def published(url: str, md5: str, notop_md5: str, order: str = "tf") -> dict[str, WeightFile]:
+    """The files with and without classifier, named as Keras names them: NET_weights_ORDERING.h5 and …_notop.h5."""
+    stem = f"{url}_weights_{order}_dim_ordering_{order}_kernels"
+    suffix = "" if order == "tf" else f"-{order}"
+    return {
+        f"imagenet{suffix}": WeightFile(f"{stem}.h5", md5, True, order),
+        f"imagenet-notop{suffix}": WeightFile(f"{stem}_notop.h5", notop_md5, False, order),
+    }
 
 
 def fold(stages: Sequence[Stage], x: jax.Array, start: str | None = None) -> tuple[jax.Array, dict[str, jax.Array]]:

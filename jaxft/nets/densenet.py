@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxft.nets.common import Scale, Spec, Stage, WeightFile, batch_norm, check_size, classify, conv, fold
+from jaxft.nets.common import Scale, Spec, Stage, batch_norm, check_size, classify, conv, fold, published
 
 
 class DenseNet(nn.Module):
@@ -154,8 +154,7 @@ class DenseNet(nn.Module):
 def spec(depths: tuple[int, ...], num_params: int, gmac: float, md5: str, notop_md5: str) -> Spec:
     """The zoo's row of a DenseNet of `keras.applications`, the source of URL and hashes."""
     net = f"densenet{2 * sum(depths) + 5}"
-    url = "https://storage.googleapis.com/tensorflow/keras-applications/densenet/"
-    url += f"{net}_weights_tf_dim_ordering_tf_kernels"
+    url = f"https://storage.googleapis.com/tensorflow/keras-applications/densenet/{net}"
     return Spec(
         net=partial(DenseNet, depths=depths),
         about="keras.applications: BatchNorm ε 1.001e-5, no Scale layers",
@@ -165,10 +164,7 @@ def spec(depths: tuple[int, ...], num_params: int, gmac: float, md5: str, notop_
         classifier=("predictions",),
         num_params=num_params,
         gmac=gmac,
-        weights={
-            "imagenet": WeightFile(f"{url}.h5", md5, classifier=True),
-            "imagenet-notop": WeightFile(f"{url}_notop.h5", notop_md5, classifier=False),
-        },
+        weights=published(url, md5, notop_md5),
         aliases={"fc1000": "predictions"},
     )
 

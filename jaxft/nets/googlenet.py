@@ -66,6 +66,16 @@ class GoogLeNet(nn.Module):
             table["loss3"] = ("loss3_dropout", "loss3_classifier")
         return table
 
+    def keras_layers(self) -> tuple[str, ...]:
+        """All layers in the order of Keras's `model.layers`, which sorts by the way that is left to an output."""
+        heads = {stage: layers for stage, layers in self.layers().items() if stage in AUXILIARY}
+        trunk = [layer for stage, layers in self.layers().items() if stage not in heads for layer in layers]
+        early, late = [], []  # of the heads: what stands before the last convolutions of inception_5b, and behind them
+        for layers in zip(*heads.values(), strict=True):
+            (early if layers[0].endswith(("ave_pool", "conv")) else late).extend(layers)
+        last = trunk.index("inception_5b_1x1")
+        return (*trunk[:last], *early, *trunk[last:-2], *late, *trunk[-2:]) if heads else tuple(trunk)
+
     def head_layers(self) -> tuple[str, ...]:
         """The weighted layers that no ImageNet file fills."""
         if self.num_classes is None:

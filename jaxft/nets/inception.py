@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxft.nets.common import Spec, Stage, WeightFile, batch_norm, check_size, classify, conv, fold
+from jaxft.nets.common import Spec, Stage, batch_norm, check_size, classify, conv, fold, published
 
 
 class Conv(NamedTuple):
@@ -266,59 +266,49 @@ class Inception(nn.Module):
         return x if self.relu_first else nn.relu(x)
 
 
-def _spec(net: partial[Inception], url: str, md5: str, notop_md5: str, **row: Any) -> Spec:
+def _spec(net: partial[Inception], **row: Any) -> Spec:
     return Spec(
         net=net,
         native_size=(299, 299),
         preprocessing="tf",
         head="predictions",
         classifier=("predictions",),
-        weights={
-            "imagenet": WeightFile(f"{url}.h5", md5, classifier=True),
-            "imagenet-notop": WeightFile(f"{url}_notop.h5", notop_md5, classifier=False),
-        },
         **row,
     )
 
 
 def spec_v3(num_params: int, gmac: float, md5: str, notop_md5: str) -> Spec:
     """The zoo's row of Inception-V3 as of `keras.applications`, the source of URL and hashes."""
+    url = "https://storage.googleapis.com/tensorflow/keras-applications/inception_v3/inception_v3"
     return _spec(
         partial(Inception, table=tuple(v3((32, 64, 64), 192, "max").items())),
-        "https://storage.googleapis.com/tensorflow/keras-applications/inception_v3/"
-        "inception_v3_weights_tf_dim_ordering_tf_kernels",
-        md5,
-        notop_md5,
         about="keras.applications (release v0.5): convolution without bias → BatchNorm without gamma → ReLU",
         num_params=num_params,
         gmac=gmac,
+        weights=published(url, md5, notop_md5),
     )
 
 
-def spec_v3_v02(num_params: int, gmac: float, md5: str, notop_md5: str) -> Spec:
+def spec_v3_v02(num_params: int, gmac: float, tf: tuple[str, str], th: tuple[str, str]) -> Spec:
     """The zoo's row of Inception-V3 as of fchollet/deep-learning-models, release v0.2, the source of URL and hashes."""
+    url = "https://github.com/fchollet/deep-learning-models/releases/download/v0.2/inception_v3"
     return _spec(
         partial(Inception, table=tuple(v3((32, 32, 32), 160, "avg").items()), relu_first=True),
-        "https://github.com/fchollet/deep-learning-models/releases/download/v0.2/"
-        "inception_v3_weights_tf_dim_ordering_tf_kernels",
-        md5,
-        notop_md5,
         about="release v0.2: convolution with bias → ReLU → BatchNorm with gamma",
         num_params=num_params,
         gmac=gmac,
+        weights=published(url, *tf) | published(url, *th, order="th"),
     )
 
 
 def spec_v4(num_params: int, gmac: float, md5: str, notop_md5: str) -> Spec:
     """The zoo's row of Inception-V4 as of kentsommer/keras-inceptionV4, release 2.1, the source of URL and hashes."""
+    url = "https://github.com/kentsommer/keras-inceptionV4/releases/download/2.1/inception-v4"
     return _spec(
         partial(Inception, table=tuple(v4().items()), momentum=0.9997, dropout=0.2),
-        "https://github.com/kentsommer/keras-inceptionV4/releases/download/2.1/"
-        "inception-v4_weights_tf_dim_ordering_tf_kernels",
-        md5,
-        notop_md5,
         about="1001 classes, of which 0 is the background; convolution without bias → BatchNorm without gamma → ReLU",
         num_classes=1001,
         num_params=num_params,
         gmac=gmac,
+        weights=published(url, md5, notop_md5),
     )

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxft.nets.common import Scale, Spec, Stage, WeightFile, batch_norm, check_size, classify, conv, fold
+from jaxft.nets.common import Scale, Spec, Stage, batch_norm, check_size, classify, conv, fold, published
 
 WIDTHS = (64, 128, 256, 512)  # of the 3×3 convolutions of stages 2 to 5; blocks end four times as wide
 
@@ -163,9 +163,7 @@ class ResNet(nn.Module):
 def spec(depths: tuple[int, ...], num_params: int, gmac: float, md5: str, notop_md5: str) -> Spec:
     """The zoo's row of a ResNet of `keras.applications`, the source of URL and hashes."""
     net = f"resnet{3 * sum(depths) + 2}"
-    url = (
-        f"https://storage.googleapis.com/tensorflow/keras-applications/resnet/{net}_weights_tf_dim_ordering_tf_kernels"
-    )
+    url = f"https://storage.googleapis.com/tensorflow/keras-applications/resnet/{net}"
     return Spec(
         net=partial(ResNet, depths=depths),
         about="keras.applications: pool1 padded to 56×56, BatchNorm ε 1.001e-5, convolutions with bias",
@@ -175,18 +173,14 @@ def spec(depths: tuple[int, ...], num_params: int, gmac: float, md5: str, notop_
         classifier=("predictions",),
         num_params=num_params,
         gmac=gmac,
-        weights={
-            "imagenet": WeightFile(f"{url}.h5", md5, classifier=True),
-            "imagenet-notop": WeightFile(f"{url}_notop.h5", notop_md5, classifier=False),
-        },
+        weights=published(url, md5, notop_md5),
         aliases={"probs": "predictions"},
     )
 
 
-def spec_v02(num_params: int, gmac: float, md5: str, notop_md5: str) -> Spec:
+def spec_v02(num_params: int, gmac: float, tf: tuple[str, str], th: tuple[str, str]) -> Spec:
     """The zoo's row of ResNet-50 as of fchollet/deep-learning-models, release v0.2, the source of URL and hashes."""
-    url = "https://github.com/fchollet/deep-learning-models/releases/download/v0.2/"
-    url += "resnet50_weights_tf_dim_ordering_tf_kernels"
+    url = "https://github.com/fchollet/deep-learning-models/releases/download/v0.2/resnet50"
     return Spec(
         net=partial(ResNet, depths=(3, 4, 6, 3), variant="v02"),
         about="release v0.2: pool1 not padded (55×55), BatchNorm ε 1e-3, convolutions with bias",
@@ -196,10 +190,7 @@ def spec_v02(num_params: int, gmac: float, md5: str, notop_md5: str) -> Spec:
         classifier=("fc1000",),
         num_params=num_params,
         gmac=gmac,
-        weights={
-            "imagenet": WeightFile(f"{url}.h5", md5, classifier=True),
-            "imagenet-notop": WeightFile(f"{url}_notop.h5", notop_md5, classifier=False),
-        },
+        weights=published(url, *tf) | published(url, *th, order="th"),
     )
 
 

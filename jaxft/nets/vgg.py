@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxft.nets.common import Spec, Stage, WeightFile, fold
+from jaxft.nets.common import Spec, Stage, fold, published
 
 WIDTHS = (64, 128, 256, 512, 512)
 FC_WIDTH = 4096
@@ -130,7 +130,7 @@ class VGG(nn.Module):
 def spec(depths: tuple[int, ...], num_params: int, gmac: float, md5: str, notop_md5: str) -> Spec:
     """The zoo's row of a VGG. Source of URLs and hashes: `keras.applications`."""
     net = f"vgg{sum(depths) + 3}"
-    url = f"https://storage.googleapis.com/tensorflow/keras-applications/{net}/{net}_weights_tf_dim_ordering_tf_kernels"
+    url = f"https://storage.googleapis.com/tensorflow/keras-applications/{net}/{net}"
     return Spec(
         net=partial(VGG, depths=depths),
         about=f"{len(depths)} blocks of 3×3 convolutions and three dense layers, {sum(depths) + 3} in all",
@@ -140,10 +140,7 @@ def spec(depths: tuple[int, ...], num_params: int, gmac: float, md5: str, notop_
         classifier=("fc1", "fc2", "predictions"),
         num_params=num_params,
         gmac=gmac,
-        weights={
-            "imagenet": WeightFile(f"{url}.h5", md5, classifier=True),
-            "imagenet-notop": WeightFile(f"{url}_notop.h5", notop_md5, classifier=False),
-        },
+        weights=published(url, md5, notop_md5),
         flattened={"fc1": FLATTENED},
     )
 

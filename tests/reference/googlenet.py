@@ -1,4 +1,4 @@
-"""GoogLeNet as in `googlenet.py` of joelouismarino/googlenet-keras, converted from BVLC's Caffe model (arXiv:1409.4842).
+"""GoogLeNet as in `googlenet.py` of joelouismarino/googlenet-keras, from the Caffe model (arXiv:1409.4842).
 
 Names have _ for the script's /. The classifiers return logits, and the last 7×7 average pooling is global.
 """
