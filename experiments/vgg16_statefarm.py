@@ -102,16 +102,15 @@ class Settings:
     """The run's folder; the same command on the same folder resumes."""
 
 
-def open_data(settings: Settings) -> tuple[Dataset, bool]:
+def open_data(data_dir: pathlib.Path | None, seed: int) -> tuple[Dataset, bool]:
     """(the dataset, whether it is the stand-in)."""
-    folder = settings.data_dir or (KAGGLE if KAGGLE.exists() else None)
+    folder = data_dir or (KAGGLE if KAGGLE.exists() else None)
     if folder is None:
-        name = f"standin-{STANDIN_DRIVERS}x{STANDIN_IMAGES}-seed{settings.seed}"
         folder = standin.render(
-            fetch.cache_folder() / name,
+            fetch.cache_folder() / f"standin-v{standin.VERSION}-{STANDIN_DRIVERS}x{STANDIN_IMAGES}-seed{seed}",
             drivers=STANDIN_DRIVERS,
             images_per_driver=STANDIN_IMAGES,
-            seed=settings.seed,
+            seed=seed,
         )
     return statefarm.prepare(folder, fetch.cache_folder()), (folder / "STANDIN.json").exists()
 
@@ -131,7 +130,7 @@ def choose_weights(settings: Settings) -> tuple[pretrained.Weights, tuple[int, .
 
 
 def main(settings: Settings) -> None:
-    dataset, is_standin = open_data(settings)
+    dataset, is_standin = open_data(settings.data_dir, settings.seed)
     if is_standin:
         print(STANDIN_NOTE, flush=True)
     defaults = DEFAULTS["standin" if is_standin else "kaggle"]

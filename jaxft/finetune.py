@@ -66,7 +66,7 @@ def start_from(
     """
     net = nets.create(name, num_classes, dtype=dtype, **options)
     if weights.path is None:
-        variables = jax.jit(net.init)(jax.random.key(seed), jnp.zeros((1, *image_size, 3)))
+        variables = nets.init(net, image_size, seed)
         print(f"{name} starts from random weights (seed {seed})")
     else:
         variables, ported = port_weights.load(

@@ -30,8 +30,8 @@ def frozen_layers(net: Net, spec: str, weighted: Collection[str]) -> frozenset[s
     Args:
         net: the backbone; its `layers()` give the order that `first:N` and `through:STAGE` count in.
         spec: `none`; `all-but-head` (all but the layers that are new to the task); `through:STAGE`, that stage and all
-            before it; `first:N`, the first N layers as the origin's Sequential model counts them, padding and pooling
-            included; or a regular expression that matches whole layer names.
+            before it but layers new to the task; `first:N`, the first N layers as Keras counts them in the origin's
+            model, padding and pooling included; or a regular expression that matches whole layer names.
         weighted: the layers that have weights, i.e. the keys of `params`.
 
     Raises:
@@ -48,7 +48,7 @@ def frozen_layers(net: Net, spec: str, weighted: Collection[str]) -> frozenset[s
         if argument not in stages:
             raise ValueError(f"freeze={spec!r} names no stage; the stages are {', '.join(stages)}")
         last = list(stages).index(argument)
-        chosen = {layer for layers in list(stages.values())[: last + 1] for layer in layers}
+        chosen = {layer for layers in list(stages.values())[: last + 1] for layer in layers} - set(net.head_layers())
     elif kind == "first":
         if not re.fullmatch(r"[0-9]+", argument) or not 1 <= int(argument) <= len(ordered):
             raise ValueError(f"freeze={spec!r} wants a count from 1 to {len(ordered)}, the layers of the net")

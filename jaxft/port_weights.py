@@ -250,8 +250,8 @@ def _keras_order(net: Any) -> list[str]:
 def _by_name(name: str, expected: Shapes, file: KerasFile) -> dict[str, Layer]:
     """The file's layers by the net's names, as far as they have a place; automatic names count by rank."""
     published = nets.spec(name)
-    canonical = _expect(name, nets.create(name, published.num_classes))
-    known = {**canonical, **expected}
+    whole = nets.create(name, published.num_classes)
+    known = {*_keras_order(whole), *expected}
     found: dict[str, Layer] = {}
     automatic: dict[str, list[tuple[int, Layer]]] = {}
     for layer in file.layers:
@@ -267,6 +267,7 @@ def _by_name(name: str, expected: Shapes, file: KerasFile) -> dict[str, Layer]:
             raise ValueError(f"{file.path} holds two layers called {target}; which one is meant cannot be told")
         else:
             found[target] = layer
+    canonical = _expect(name, whole) if automatic else {}
     for keras_class, layers in automatic.items():
         numbered = file.layout in ("keras1", "keras2")  # their order depends on the version, the numbers do not
         if numbered:
@@ -365,9 +366,12 @@ def _fits(other: str, name: str, file: KerasFile) -> bool:
     """Whether the file fills the net called `other`, its classifier apart; looks at nets that it may be of alone."""
     row = nets.spec(other)
     net = nets.create(other, row.num_classes)
-    names = {layer for layers in net.layers().values() for layer in layers} - set(row.classifier)  # type: ignore[attr-defined]
-    stored = {(layer.name or "").replace("/", "_") for layer in file.layers}
-    if not stored & names and type(net) is not type(nets.create(name)):
+    names = {*_keras_order(net), *row.aliases}
+    stored = [
+        layer.name.replace("/", "_") for layer in file.layers if layer.name and not AUTOMATIC.fullmatch(layer.name)
+    ]
+    explicit = [layer for layer in stored if layer not in row.classifier]
+    if not all(layer in names for layer in explicit) or not (explicit or type(net) is type(nets.create(name))):
         return False
     expected = _expect(other, net)
     found = _by_name(other, expected, file)

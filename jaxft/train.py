@@ -47,10 +47,11 @@ class Stopped(Exception):
 def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
     """Mean softmax cross-entropy in nats; logits float32 [B, C], labels int32 [B].
 
-    With smoothing s the target is 1 - s + s/C on the label and s/C elsewhere, as in Keras.
+    Of logits [heads, B, C], as GoogLeNet gives in training, the losses of the heads are added. With smoothing s the
+    target is 1 - s + s/C on the label and s/C elsewhere, as in Keras.
     """
     targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), label_smoothing)
-    return optax.softmax_cross_entropy(logits, targets).mean()
+    return optax.softmax_cross_entropy(logits, targets).mean(-1).sum()
 
 
 def make_train_step(prepare: Prepare, label_smoothing: float = 0.0) -> TrainStep:
@@ -77,9 +78,10 @@ def make_train_step(prepare: Prepare, label_smoothing: float = 0.0) -> TrainStep
         full = masking.merge(grads, jax.tree.map(jnp.zeros_like, frozen), state.params)
         updates, opt_state = state.tx.update(full, state.opt_state, state.params)
         trainable = optax.apply_updates(trainable, masking.split(updates, state.labels)[0])
+        last = logits.reshape(-1, *logits.shape[-2:])[-1]  # of the heads, where there are several
         metrics = {
             "loss": loss,
-            "accuracy": (logits.argmax(-1) == batch["label"]).mean(dtype=jnp.float32),
+            "accuracy": (last.argmax(-1) == batch["label"]).mean(dtype=jnp.float32),
             "grad_norm": optax.tree.norm(grads),
         }
         state = state.replace(

@@ -179,7 +179,7 @@ def _pool(x: jax.Array) -> jax.Array:
 
 def _normalize(x: jax.Array) -> jax.Array:
     """Local response normalisation over five channels; α is divided by their number, as in Caffe."""
-    around = jax.lax.reduce_window(x * x, jnp.zeros((), x.dtype), jax.lax.add, (1, 1, 1, 5), (1, 1, 1, 1), "SAME")
+    around = jax.lax.reduce_window(x * x, 0.0, jax.lax.add, (1, 1, 1, 5), (1, 1, 1, 1), "SAME")
     return x / (1.0 + 1e-4 / 5 * around) ** 0.75
 
 
