@@ -19,6 +19,7 @@ import numpy as np
 import pooch
 import tensorflow_datasets as tfds
 from etils import epath
+from PIL import Image
 
 from jaxft import fetch
 from jaxft.data import Dataset
@@ -47,7 +48,7 @@ class Cifar10(tfds.core.ShardBasedBuilder):
             features=tfds.features.FeaturesDict(
                 {
                     "id": tfds.features.Text(),
-                    "image": tfds.features.Image(shape=(SIDE, SIDE, 3)),
+                    "image": tfds.features.Image(shape=(SIDE, SIDE, 3), encoding_format="png"),
                     "label": tfds.features.ClassLabel(names=list(CLASSES)),
                 }
             ),
@@ -76,7 +77,14 @@ def _examples(archive: Path, split: str, labels: list[int]) -> Iterator[tuple[st
     for number, (label, image) in enumerate(read(archive, FILES[split])):
         key = f"{split}_{number:05d}"
         labels.append(label)
-        yield key, {"id": key, "image": image, "label": label}
+        yield key, {"id": key, "image": _png(image), "label": label}
+
+
+def _png(image: np.ndarray) -> bytes:
+    """What tensorflow-datasets would make of the array, with TensorFlow."""
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "png")
+    return file.getvalue()
 
 
 def read(archive: Path, names: Sequence[str]) -> Iterator[tuple[int, np.ndarray]]:
