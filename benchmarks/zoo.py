@@ -1,6 +1,6 @@
 """Every net of the zoo on images for some steps: does it learn?
 
-    python -m benchmarks.zoo [NET …] [--steps 12] [--out docs/zoo.md]
+    python -m benchmarks.zoo [NET …] [--steps 24] [--out docs/zoo.md]
 
 Loss: the mean over the first and the last three steps of nesterov SGD from random weights, BatchNorm in training mode,
 on one batch of stand-in State Farm images and one of solar cells: a net that is wired wrongly learns not even those.
@@ -21,7 +21,7 @@ from jaxft.data import Dataset, decode, elpv
 from jaxft.preprocess import PREPROCESSING
 
 BATCH = 8
-LR = 1e-2
+LR = 3e-3
 SIZE = 96  # pixels of the images that are learned
 
 
@@ -31,7 +31,7 @@ class Settings:
 
     names: tyro.conf.Positional[tuple[str, ...]] = ()
     """Nets of the zoo; all by default."""
-    steps: int = 12
+    steps: int = 24
     """Steps of training on each of the two batches."""
     out: pathlib.Path = pathlib.Path("docs/zoo.md")
     """The table, as Markdown."""
