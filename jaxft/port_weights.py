@@ -104,10 +104,13 @@ class Report:
             f"  SHA-256 {self.sha256}",
             f"  layout {self.layout} ({self.container}{version}{backend}); order {self.order}, by {self.decided_by}",
         ]
+        width = max(map(len, self.layers), default=0)
         for layer, leaves in self.layers.items():
             shown = (f"{leaf} {'×'.join(map(str, found['shape']))}" for leaf, found in leaves.items())
             casts = {found["dtype"] for found in leaves.values()} - {"float32"}
-            lines.append(f"  {layer:<14} {', '.join(shown)}" + (f"  (cast from {', '.join(casts)})" if casts else ""))
+            lines.append(
+                f"  {layer:<{width}}  {', '.join(shown)}" + (f"  (cast from {', '.join(casts)})" if casts else "")
+            )
         for what in ("fresh", "replaced", "dropped", "ignored"):
             if names := getattr(self, what):
                 lines.append(f"  {what}: {', '.join(names)}")

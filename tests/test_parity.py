@@ -145,7 +145,13 @@ def test_every_stage_and_the_logits_at_the_native_size(tmp_path, name):
         (tmp_path / file).unlink()
 
 
-@pytest.mark.parametrize("name", [name for name in nets.ZOO if not name.startswith("vgg") and name != "googlenet"])
+COUNTED = [name for name in nets.ZOO if not name.startswith("vgg") and name != "googlenet"]
+ALIKE = ("resnet101", "resnet152_scale", "densenet169", "densenet201", "densenet161_scale", "densenet169_scale")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name for name in COUNTED]
+)
 def test_layers_count_as_keras_counts_them(name):
     """Bug: first:N freezes other layers than model.layers[:N] does, or a file of numbered layers is misread."""
     model = parity.APPLICATIONS.get(name) or parity.REFERENCES[name]

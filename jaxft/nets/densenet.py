@@ -157,7 +157,7 @@ def spec(depths: tuple[int, ...], num_params: int, gmac: float, md5: str, notop_
     url = f"https://storage.googleapis.com/tensorflow/keras-applications/densenet/{net}"
     return Spec(
         net=partial(DenseNet, depths=depths),
-        about="keras.applications: BatchNorm ε 1.001e-5, no Scale layers",
+        about=f"{2 * sum(depths) + 5} layers, keras.applications: BatchNorm ε 1.001e-5, no Scale layers",
         native_size=(224, 224),
         preprocessing="torch",
         head="predictions",
@@ -173,7 +173,7 @@ def spec_scale(depths: tuple[int, ...], num_params: int, gmac: float, growth: in
     """The zoo's row of a DenseNet with Scale layers; its files have no official address, so give their path."""
     return Spec(
         net=partial(DenseNet, depths=depths, growth=growth, stem_width=stem_width, scale=True),
-        about="from Caffe: BatchNorm ε 1.1e-5 and a Scale layer",
+        about=f"{2 * sum(depths) + 5} layers, from Caffe: BatchNorm ε 1.1e-5 and a Scale layer",
         native_size=(224, 224),
         preprocessing="caffe_017",
         head="fc6",

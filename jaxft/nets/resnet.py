@@ -166,7 +166,7 @@ def spec(depths: tuple[int, ...], num_params: int, gmac: float, md5: str, notop_
     url = f"https://storage.googleapis.com/tensorflow/keras-applications/resnet/{net}"
     return Spec(
         net=partial(ResNet, depths=depths),
-        about="keras.applications: pool1 padded to 56×56, BatchNorm ε 1.001e-5, convolutions with bias",
+        about=f"{3 * sum(depths) + 2} layers, keras.applications: pool1 padded (56×56), BatchNorm ε 1.001e-5",
         native_size=(224, 224),
         preprocessing="caffe",
         head="predictions",
@@ -183,7 +183,7 @@ def spec_v02(num_params: int, gmac: float, tf: tuple[str, str], th: tuple[str, s
     url = "https://github.com/fchollet/deep-learning-models/releases/download/v0.2/resnet50"
     return Spec(
         net=partial(ResNet, depths=(3, 4, 6, 3), variant="v02"),
-        about="release v0.2: pool1 not padded (55×55), BatchNorm ε 1e-3, convolutions with bias",
+        about="50 layers, release v0.2: pool1 not padded (55×55), BatchNorm ε 1e-3",
         native_size=(224, 224),
         preprocessing="caffe",
         head="fc1000",
@@ -198,7 +198,7 @@ def spec_scale(depths: tuple[int, ...], num_params: int, gmac: float) -> Spec:
     """The zoo's row of a ResNet with Scale layers; its files have no official address, so give their path."""
     return Spec(
         net=partial(ResNet, depths=depths, variant="scale"),
-        about="from Caffe: pool1 not padded, BatchNorm ε 1.1e-5 and a Scale layer, convolutions without bias",
+        about=f"{3 * sum(depths) + 2} layers, from Caffe: BatchNorm ε 1.1e-5 and a Scale layer, no bias",
         native_size=(224, 224),
         preprocessing="caffe",
         head="fc1000",
