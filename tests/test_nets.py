@@ -20,6 +20,8 @@ DISTINCT = (
     *("vgg16", "googlenet", "inception_v3", "inception_v3_v02", "inception_v4", "resnet50", "resnet50_v02"),
     *("resnet101_scale", "densenet121", "densenet121_scale"),
 )
+# Inception-V3 keeps one fork of each kind.
+FORKS = ("stem", "mixed0", "mixed3", "mixed4", "mixed8", "mixed9")
 
 
 def quick(*names, of=tuple(nets.ZOO)):
