@@ -21,7 +21,7 @@ from jaxft.data import Dataset, decode, elpv
 from jaxft.preprocess import PREPROCESSING
 
 BATCH = 8
-LR = 3e-3
+LR = 1e-3
 SIZE = 96  # pixels of the images that are learned
 
 
@@ -45,7 +45,7 @@ def losses(name: str, dataset: Dataset, steps: int) -> list[float]:
     indices = np.random.default_rng(0).permutation(len(dataset))[:BATCH]
     images = np.stack([decode.rgb(dataset.images[i], (SIZE, SIZE), dataset.names[i]) for i in indices])
     tx = optim.nesterov_sgd(optax.constant_schedule(LR), 0.9)
-    state = train_state.create(net, variables, tx, clip_norm=1.0)
+    state = train_state.create(net, variables, tx)
     step = train.make_train_step(lambda _, images: PREPROCESSING[row.preprocessing](images))
     found = []
     for _ in range(steps):
