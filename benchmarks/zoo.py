@@ -27,7 +27,7 @@ SIZE = 96  # pixels of the images that are learned
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Train every net for some steps; time building and tracing it beside Keras."""
+    """Train every net for some steps."""
 
     names: tyro.conf.Positional[tuple[str, ...]] = ()
     """Nets of the zoo; all by default."""
