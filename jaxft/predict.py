@@ -40,13 +40,15 @@ def shard(batch: Batch, mesh: Mesh) -> Batch:
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
 
 
-def make_eval_step(prepare: Callable[[jax.Array], jax.Array]) -> EvalStep:
-    """The jitted eval step: uint8 images [B, H, W, 3] → probabilities float32 [B, num_classes]."""
+def make_eval_step(prepare: Callable[[jax.Array], jax.Array], start: str | None = None) -> EvalStep:
+    """The jitted eval step: uint8 images [B, H, W, 3] → probabilities float32 [B, num_classes].
+
+    With `start` it takes the output of the stage of that name instead of images.
+    """
 
     @jax.jit
     def eval_step(state: TrainState, images: jax.Array) -> jax.Array:
-        variables = {"params": state.params, "batch_stats": state.batch_stats}
-        return jax.nn.softmax(state.apply_fn(variables, prepare(images), train=False)[0])
+        return jax.nn.softmax(state.apply_fn(state.variables(), prepare(images), train=False, start=start)[0])
 
     return eval_step
 

@@ -54,10 +54,11 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float =
     return optax.softmax_cross_entropy(logits, targets).mean(-1).sum()
 
 
-def make_train_step(prepare: Prepare, label_smoothing: float = 0.0) -> TrainStep:
+def make_train_step(prepare: Prepare, label_smoothing: float = 0.0, start: str | None = None) -> TrainStep:
     """The jitted train step; the state is donated, so use only the one returned.
 
-    A batch holds `image` uint8 [B, H, W, 3] and `label` int32 [B]. The metrics are float32 scalars: `loss` (smoothing
+    A batch holds `image` uint8 [B, H, W, 3] and `label` int32 [B]; with `start`, `image` is the output of the stage of
+    that name and only what follows is run. The metrics are float32 scalars: `loss` (smoothing
     included), `accuracy` and `grad_norm`, the global norm over the trainable leaves.
     """
 
@@ -69,7 +70,7 @@ def make_train_step(prepare: Prepare, label_smoothing: float = 0.0) -> TrainStep
         def loss_of(trainable: masking.Params) -> tuple[jax.Array, tuple[jax.Array, Any]]:
             variables = {"params": masking.merge(trainable, frozen, state.params), "batch_stats": state.batch_stats}
             (logits, _), updated = state.apply_fn(
-                variables, images, train=True, rngs={"dropout": dropout_key}, mutable=["batch_stats"]
+                variables, images, train=True, start=start, rngs={"dropout": dropout_key}, mutable=["batch_stats"]
             )
             return cross_entropy(logits, batch["label"], label_smoothing), (logits, updated)
 

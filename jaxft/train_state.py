@@ -37,6 +37,10 @@ class TrainState:
     tx: optax.GradientTransformation = struct.field(pytree_node=False)
     labels: FrozenDict[str, str] = struct.field(pytree_node=False)
 
+    def variables(self) -> dict[str, masking.Params]:
+        """What `apply_fn` takes first."""
+        return {"params": self.params, "batch_stats": self.batch_stats}
+
 
 def create(
     net: nn.Module,

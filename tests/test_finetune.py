@@ -1,6 +1,5 @@
 import csv
 import json
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,6 @@ from PIL import Image
 from jaxft import finetune, optim, train
 from jaxft.checkpoint import CheckpointError
 from jaxft.data import Dataset
-from jaxft.data.augment import warp
 
 
 def dataset(n=30):
@@ -28,15 +26,15 @@ def dataset(n=30):
     )
 
 
-def run(workdir, config=None, data=None, **changes):
-    net = tiny.Tiny()
+def run(workdir, config=None, data=None, net=None, **changes):
+    net = net or tiny.Tiny()
     schedule = optim.inverse_time(0.1, 1e-6)
     settings = dict(
         workdir=workdir,
         config=config or {"lr": 0.1, "size": (8, 8)},
         frozen=frozenset(),
         preprocessing="torch",
-        warp=partial(warp, rotation=5.0),
+        augmentation={"rotation": 5.0},
         tx=optim.nesterov_sgd(schedule),
         schedule=schedule,
         epochs=2,

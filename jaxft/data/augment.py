@@ -7,6 +7,7 @@ import jax.numpy as jnp
 def warp(
     key: jax.Array,
     images: jax.Array,
+    rows: jax.Array | None = None,
     *,
     rotation: float = 0.0,
     shift: float = 0.0,
@@ -17,8 +18,9 @@ def warp(
     """One random affine map for each image, resampled once, bilinearly; what lies outside repeats the border.
 
     Args:
-        key: of this batch; image i uses `jax.random.fold_in(key, i)`.
+        key: of this batch; image i uses `jax.random.fold_in(key, rows[i])`.
         images: [B, H, W, C], uint8 or float, any range.
+        rows: int [B], by default 0 to B - 1; an image's number in its dataset makes its map its own in every batch.
         rotation: largest angle in degrees, either way.
         shift: largest translation as a fraction of height and of width, either way.
         zoom: largest change of scale as a fraction, either way.
@@ -59,4 +61,5 @@ def warp(
         )
         return sample(image)
 
-    return jax.vmap(one)(jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(images))), images)
+    rows = jnp.arange(len(images)) if rows is None else rows
+    return jax.vmap(one)(jax.vmap(jax.random.fold_in, (None, 0))(key, rows), images)

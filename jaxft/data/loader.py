@@ -40,7 +40,7 @@ def train_batches(
     indices: Sequence[int] | np.ndarray,
     *,
     batch_size: int,
-    image_size: tuple[int, int],
+    image_size: tuple[int, int] | None,
     seed: int,
     start_step: int = 0,
     num_steps: int | None = None,
@@ -57,7 +57,7 @@ def train_batches(
         dataset: where the images come from.
         indices: the examples to train on, [n].
         batch_size: of all processes together, B.
-        image_size: (H, W).
+        image_size: (H, W); None leaves the images out, for training on cached features.
         seed: at least 0.
         start_step: the first batch, at least 0; a resumed run passes the step that it restored.
         num_steps: batches to give; None goes on forever.
@@ -96,7 +96,7 @@ def eval_batches(
     indices: Sequence[int] | np.ndarray,
     *,
     batch_size: int,
-    image_size: tuple[int, int],
+    image_size: tuple[int, int] | None,
     workers: int | None = None,
     process_index: int = 0,
     process_count: int = 1,
@@ -182,12 +182,14 @@ def _rows(batch_size: int, process_index: int, process_count: int) -> slice:
     return slice(process_index * each, (process_index + 1) * each)
 
 
-def _load(dataset: Dataset, indices: np.ndarray, image_size: tuple[int, int]) -> Batch:
+def _load(dataset: Dataset, indices: np.ndarray, image_size: tuple[int, int] | None) -> Batch:
+    labels = {"label": np.asarray(dataset.labels, np.int32)[indices], "index": indices.astype(np.int32)}
+    if image_size is None:
+        return labels
     images = np.empty((len(indices), *image_size, 3), np.uint8)
     for row, index in enumerate(indices.tolist()):
         images[row] = decode.rgb(dataset.images[index], image_size, dataset.names[index])
-    labels = np.asarray(dataset.labels, np.int32)[indices]
-    return {"image": images, "label": labels, "index": indices.astype(np.int32)}
+    return {"image": images, **labels}
 
 
 def _in_background(batch: Callable[[int], Batch], steps: range, workers: int | None) -> Batches:

@@ -1,0 +1,157 @@
+import json
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from test_finetune import run
+
+from jaxft import features, fetch, nets
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXFT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+FROZEN = frozenset({"conv1", "bn1"})
+
+
+def frozen_run(workdir, **changes):
+    net = tiny.Tiny(frozen=FROZEN, dropout=changes.pop("dropout", 0.0))
+    return run(workdir, net=net, frozen=FROZEN, epochs=4, **changes)
+
+
+@pytest.mark.parametrize(
+    "inputs", [{"augmentation": {}}, {"views": 2}, {"views": 1, "seed": 3}], ids=["plain", "two views", "one view"]
+)
+def test_losses_with_and_without_the_cache_are_the_same_bits(tmp_path, inputs):
+    """Bug: the cache holds other views, other rows or other arithmetic than the step computes."""
+    rows = {}
+    for mode in ("off", "on"):
+        state, summary = frozen_run(tmp_path / mode, cache_features=mode, **inputs)
+        rows[mode] = (summary["log_loss"], jax.device_get(state.params), (tmp_path / mode / "history.csv").read_text())
+    assert rows["off"][0] == rows["on"][0]
+    jax.tree.map(np.testing.assert_array_equal, rows["off"][1], rows["on"][1])
+    losses = [[line.split(",")[:-1] for line in text.splitlines()] for _, _, text in rows.values()]  # but for the rate
+    assert losses[0] == losses[1]
+
+
+def test_views_differ_from_each_other_and_from_the_plain_image(tmp_path):
+    """Bug: every view has the key of the first, or the held-out images are augmented."""
+    frozen_run(tmp_path / "run", cache_features="on", views=2)
+    held = {}
+    for folder in (fetch.cache_folder() / "features").iterdir():
+        view = json.loads((folder / "manifest.json").read_text())["identity"]["view"]
+        held[view] = np.fromfile(folder / "features.bin", np.float32).reshape(-1, 4, 4, 4)
+    assert {view: len(rows) for view, rows in held.items()} == {0: 23, 1: 23, None: 7}
+    assert np.abs(held[0] - held[1]).max() > 1e-3
+
+
+def a_cache(n=40, width=1000):
+    cache = features.Cache({"net": "Tiny", "stage": "stem", "view": None}, np.arange(n), (width,), np.float32)
+    whole = np.random.default_rng(0).normal(size=(n, width)).astype(np.float32)
+
+    def compute(indices):
+        for i in range(0, len(indices), 4):
+            yield whole[indices[i : i + 4]]
+
+    return cache, whole, compute
+
+
+def test_a_cache_that_was_killed_goes_on_behind_its_last_whole_block(monkeypatch):
+    """Bug: rows of a block that is not in the manifest are trusted, or finished ones are computed again."""
+    monkeypatch.setattr(features, "BLOCK_BYTES", 8 * 4000)
+    cache, whole, compute = a_cache()
+
+    def dies(indices):
+        for number, batch in enumerate(compute(indices)):
+            if number == 7:
+                raise KeyboardInterrupt
+            yield batch
+
+    with pytest.raises(KeyboardInterrupt):
+        cache.fill(dies)
+    again, _, _ = a_cache()
+    assert again.missing() == 40 - 24
+    asked = []
+    again.fill(lambda indices: asked.append(indices) or compute(indices))
+    assert asked[0].tolist() == list(range(24, 40))
+    np.testing.assert_array_equal(again.take(np.array([39, 0, 24])), whole[[39, 0, 24]])
+
+
+def test_a_damaged_block_is_computed_again(monkeypatch, capsys):
+    """Bug: features are read without a look at their checksum."""
+    monkeypatch.setattr(features, "BLOCK_BYTES", 8 * 4000)
+    cache, whole, compute = a_cache()
+    cache.fill(compute)
+    content = bytearray(cache.file.read_bytes())
+    content[20 * 4000] ^= 1
+    cache.file.write_bytes(content)
+    again, _, _ = a_cache()
+    again.fill(compute)
+    assert "block 3 of 5 is damaged" in capsys.readouterr().out
+    np.testing.assert_array_equal(again.take(np.arange(40)), whole)
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    """Bug: the estimate is made, but the run begins to write all the same."""
+    monkeypatch.setattr(features, "SPARE_BYTES", 2**60)
+    with pytest.raises(OSError, match=r"the features need .* make room or set JAXFT_CACHE"):
+        frozen_run(tmp_path / "on", cache_features="on", augmentation={})
+    assert not list((tmp_path / "cache").rglob("features.bin"))
+    frozen_run(tmp_path / "auto", cache_features="auto", augmentation={})  # goes without
+
+
+def test_other_weights_have_another_cache_and_other_classes_the_same():
+    """Bug: features of other weights are read, or the width of the new head makes them useless."""
+    net = tiny.Tiny()
+    variables = tiny.variables(net)
+    same = features.identity(tiny.Tiny(num_classes=5), variables, "stem")
+    assert features.identity(net, variables, "stem") == same
+    behind = jax.tree.map(np.array, variables)
+    behind["params"]["conv2"]["kernel"] += 1
+    assert features.identity(net, behind, "stem") == same
+    behind["batch_stats"]["bn1"]["mean"] += 1
+    assert features.identity(net, behind, "stem") != same
+    assert features.identity(net, variables, "stem", size=(8, 8)) != same
+
+
+@pytest.mark.parametrize(
+    "name, options, freeze, expected",
+    [
+        ("vgg16", {}, lambda layer: layer != "predictions", "fc1"),  # dropout sits in front of fc2
+        ("vgg16", {"dropout": 0.0}, lambda layer: layer != "predictions", "fc2"),
+        ("vgg16", {"head": ()}, lambda layer: layer != "predictions", "avg_pool"),
+        ("vgg16", {"head": ()}, lambda layer: layer.startswith(("block1", "block2_conv1")), "block1"),
+        ("vgg16", {"head": ()}, lambda layer: layer.startswith("block2"), None),
+        ("googlenet", {}, lambda layer: layer.startswith("conv1"), None),  # its auxiliary heads read inner stages
+    ],
+)
+def test_the_cut_is_the_end_of_what_is_frozen_and_deterministic(name, options, freeze, expected):
+    """Bug: dropout or a trained layer is frozen into the cache."""
+    net = nets.create(name, 10, **options)
+    weighted = [
+        layer for layers in net.layers().values() for layer in layers if "conv" in layer or layer in ("fc1", "fc2")
+    ]
+    frozen = frozenset(filter(freeze, weighted))
+    assert features.cut(net, frozen, [*weighted, "predictions"]) == expected
+
+
+def test_the_cache_asked_for_where_inputs_do_not_repeat(tmp_path):
+    """Bug: --cache-features on is ignored where it cannot be."""
+    with pytest.raises(ValueError, match="inputs that repeat"):
+        frozen_run(tmp_path, cache_features="on")
+    with pytest.raises(ValueError, match="wholly frozen"):
+        run(tmp_path / "thawed", cache_features="on", augmentation={})
+
+
+def test_auto_says_what_it_chose(tmp_path, capsys, monkeypatch):
+    """Bug: the cost model decides silently, or not at all."""
+    monkeypatch.setattr(features, "seconds", lambda compute: 100.0)
+    frozen_run(tmp_path / "slow prefix", augmentation={})
+    assert "feature cache on: features of 'stem'" in capsys.readouterr().out
+    monkeypatch.setattr(features, "seconds", lambda compute: 0.0)
+    frozen_run(tmp_path / "free prefix", augmentation={}, seed=1, batch_size=7)
+    assert "feature cache off: features of 'stem'" in capsys.readouterr().out
