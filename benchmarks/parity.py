@@ -55,7 +55,7 @@ def odd_size(name: str) -> tuple[int, int]:
     return (107, 91) if "inception" in name else (67, 50)
 
 
-def reference(name: str, size: tuple[int, int], classifier: bool) -> keras.Model:
+def reference(name: str, size: tuple[int, int], classifier: bool, seed: int = 2) -> keras.Model:
     """The net in Keras with random weights; it returns logits, or the last feature map without a classifier."""
     keras.backend.clear_session()  # so that automatic names count from the start
     if name in APPLICATIONS:
@@ -64,11 +64,11 @@ def reference(name: str, size: tuple[int, int], classifier: bool) -> keras.Model
     else:
         classes = nets.spec(name).num_classes if classifier else None
         model = REFERENCES[name](input_shape=(*size, 3), classes=classes)
-    randomise(model)
+    randomise(model, seed)
     return model
 
 
-def randomise(model: keras.Model, seed: int = 2) -> None:
+def randomise(model: keras.Model, seed: int) -> None:
     """Weights that keep activations at one scale through the depth, as trained ones do, and hide no mapping error."""
     rng = np.random.default_rng(seed)
     draws: dict[str, Callable[[tuple[int, ...]], np.ndarray]] = {

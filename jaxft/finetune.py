@@ -16,11 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxft import features, masking, nets, port_weights, predict, report, train, train_state
+from jaxft import features, fetch, masking, nets, port_weights, predict, report, train, train_state
 from jaxft.checkpoint import CheckpointError, Checkpoints, differences
 from jaxft.data import Dataset, decode, loader
 from jaxft.data.augment import warp
-from jaxft.fetch import Unavailable
 from jaxft.preprocess import PREPROCESSING
 from jaxft.pretrained import Weights
 
@@ -30,6 +29,16 @@ def compute_dtype(name: str) -> Any:
     if name == "auto":
         return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     return jnp.dtype(name)
+
+
+def keep_programs() -> pathlib.Path:
+    """Turns on JAX's cache of compiled programs, so that the second run of a command need not compile; → its folder.
+
+    That is `$JAX_COMPILATION_CACHE_DIR` if it is set, else `compiled` in the folder of fetched files.
+    """
+    folder = pathlib.Path(jax.config.jax_compilation_cache_dir or fetch.cache_folder() / "compiled")
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    return folder
 
 
 def start_from(
@@ -153,6 +162,7 @@ def finetune(
     began = time.perf_counter()
     steps_per_epoch = loader.steps_per_epoch(len(train_indices), batch_size)
     claim(workdir, config)
+    print(f"compiled programs are kept in {keep_programs()}", flush=True)
     mesh = predict.data_mesh()
     state = train_state.create(net, variables, tx, frozen=frozen, clip_norm=clip_norm, seed=seed)
     state = predict.replicate(state, mesh)
@@ -224,9 +234,8 @@ def finetune(
         return latest[int(state.step)]
 
     latest: dict[int, predict.Predictions] = {}  # step → predictions, so that the last state is not judged twice
-    sample = np.stack(
-        [decode.rgb(images.images[i], image_size, dataset.names[i]) for i in train_indices[: report.COLUMNS]]
-    )
+    shown = train_indices[np.linspace(0, len(train_indices) - 1, report.COLUMNS, dtype=int)]
+    sample = np.stack([decode.rgb(images.images[i], image_size, dataset.names[i]) for i in shown])
     report.sample_augmentations(
         workdir / "augmentation.png", sample, warp(jax.random.key(seed), sample, **augmentation)
     )
@@ -302,5 +311,5 @@ def exits() -> Iterator[None]:
     except train.Stopped as stopped:
         print(f"{stopped}; run the same command again to go on", file=sys.stderr)
         sys.exit(128 + stopped.signum)
-    except (ValueError, OSError, CheckpointError, Unavailable, train.Diverged) as error:
+    except (ValueError, OSError, CheckpointError, fetch.Unavailable, train.Diverged) as error:
         sys.exit(f"error: {error}")

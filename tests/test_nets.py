@@ -143,7 +143,7 @@ def test_statistics_follow_keras(tmp_path, name):
     model = parity.reference(name, size, classifier=False)
     model.save_weights(tmp_path / "w.weights.h5")
     variables, _ = port_weights.load(name, tmp_path / "w.weights.h5", num_classes=None)
-    images = parity.images_of(size, n=3) / 60
+    images = parity.images_of(size, n=8 if "inception" in name else 3) / 60
     with jax.default_matmul_precision("highest"):
         model(images, training=True)
         apply = jax.jit(lambda v, x: nets.create(name, None).apply(v, x, train=True, mutable=["batch_stats"])[1])
@@ -155,7 +155,7 @@ def test_statistics_follow_keras(tmp_path, name):
             update = theirs[layer][leaf] - before[leaf]
             delta = np.abs(ours[layer][leaf] - theirs[layer][leaf]).max()
             assert np.abs(update).max() > 0
-            # The deepest maps have three values a channel: rounding grows, and an unbiased variance is half more.
+            # The deepest maps have 8 to 12 values a channel: rounding grows; an unbiased variance is 9 to 14 % more.
             assert delta <= 5e-2 * np.abs(update).max() + 2e-7 * np.abs(theirs[layer][leaf]).max(), f"{layer} {leaf}"
     keras.backend.clear_session()
 

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from jaxft.nets import cpu_conv
+
 Stage = tuple[str, Callable[[jax.Array], jax.Array]]
 Padding = str | Sequence[tuple[int, int]]
 
@@ -117,6 +119,7 @@ def conv(
         use_bias=bias,
         kernel_init=nn.initializers.glorot_uniform(),
         dtype=dtype,
+        conv_general_dilated=cpu_conv.conv_general_dilated,
         name=name,
     )(x)
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxft.nets.common import Spec, Stage, fold, published
+from jaxft.nets.common import Spec, Stage, conv, fold, published
 
 WIDTHS = (64, 128, 256, 512, 512)
 FC_WIDTH = 4096
@@ -94,15 +94,7 @@ class VGG(nn.Module):
 
     def _block(self, block: int, depth: int, x: jax.Array) -> jax.Array:
         for i in range(1, depth + 1):
-            x = nn.relu(
-                nn.Conv(
-                    WIDTHS[block - 1],
-                    (3, 3),
-                    kernel_init=nn.initializers.glorot_uniform(),
-                    dtype=self.dtype,
-                    name=f"block{block}_conv{i}",
-                )(x)
-            )
+            x = nn.relu(conv(x, f"block{block}_conv{i}", WIDTHS[block - 1], (3, 3), dtype=self.dtype))
         return nn.max_pool(x, (2, 2), (2, 2))
 
     def _head_stages(self, num_classes: int, train: bool) -> list[Stage]:

@@ -1,0 +1,197 @@
+"""Convolutions with the arithmetic that a CPU is good at: matrix products. Other platforms get XLA's own.
+
+XLA's CPU backend takes the gradient of a kernel as a convolution whose window is the whole image, at a fifth of the
+processor's speed or less, and 1×1 convolutions at half of it. Here
+
+- 1×1 convolutions and their gradients are one matrix product,
+- 3×3 ones at stride 1 on larger maps, and their gradients, are Winograd's minimal filtering over 2×2 tiles,
+  F(2×2, 3×3): 16 matrix products with 4/9 of the multiplications,
+- the gradient of any other kernel is a product for each of its taps.
+
+All stay within float32 rounding of the direct sum: the kernels' gradients are nearer to it than XLA's.
+
+Source: Lavin and Gray, 2015, arXiv:1509.09308, section 4. Speeds: `python -m benchmarks.convolutions`.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+Rows = Sequence[Any]  # numbers to be combined along one axis of a tile
+Planes = list[list[jax.Array]]  # [i][j]: element (i, j) of every tile, [B, tiles down, tiles across, channels]
+
+Pads = tuple[tuple[int, int], tuple[int, int]]  # ((above, below), (left, right))
+
+MIN_ROWS = 12  # smaller maps waste too much of their tiles
+MIN_CHANNELS = 32  # fewer make products too thin to pay for the transforms
+CHUNK_PIXELS = 56 * 56  # of the images that are transformed at once: their planes stay in the cache of a core
+
+
+def _of_input(d: Rows) -> list:
+    return [d[0] - d[2], d[1] + d[2], d[2] - d[1], d[1] - d[3]]
+
+
+def _to_output(m: Rows) -> list:
+    return [m[0] + m[1] + m[2], m[1] - m[2] - m[3]]
+
+
+def _of_gradient(y: Rows) -> list:
+    return [y[0], y[0] + y[1], y[0] - y[1], -y[1]]
+
+
+OF_KERNEL = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], np.float32)
+
+
+def _both_axes(transform: Callable[[Rows], list], planes: Planes) -> Planes:
+    columns = [transform(column) for column in zip(*planes, strict=True)]
+    return [transform(row) for row in zip(*columns, strict=True)]
+
+
+def _tiles(x: jax.Array, pads: Pads) -> Planes:
+    """Overlapping tiles of 4×4 pixels at steps of 2, enough to cover the whole output of a 3×3 kernel."""
+    ends = []
+    for side, (before, after) in zip(x.shape[1:3], pads, strict=True):
+        odd = (side + before + after) % 2
+        ends.append((before, after + odd, 0))
+    x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *ends, (0, 0, 0)))
+    rows, columns = ([slice(i, side - 3 + i, 2) for i in range(4)] for side in x.shape[1:3])
+    return [[x[:, row, column] for column in columns] for row in rows]
+
+
+def _chunks(x: jax.Array, like: jax.Array | None = None) -> jax.Array:
+    """[B, H, W, C] → [chunks, images of one, H, W, C], with as many images as a chunk of `like` has."""
+    images = math.gcd(len(x), max(1, CHUNK_PIXELS // math.prod((x if like is None else like).shape[1:3])))
+    return x.reshape(-1, images, *x.shape[1:])
+
+
+def _flat(plane: jax.Array) -> jax.Array:
+    return plane.reshape(-1, plane.shape[-1])
+
+
+def winograd_output(x: jax.Array, kernel: jax.Array, pads: Pads) -> jax.Array:
+    """x [B, H, W, C] ∗ kernel [3, 3, C, D] at stride 1: [B, H', W', D]."""
+    height, width = (side + sum(pad) - 2 for side, pad in zip(x.shape[1:3], pads, strict=True))
+    filters = jnp.einsum("ai,bj,ijcd->abcd", OF_KERNEL, OF_KERNEL, kernel, precision="highest")
+
+    def chunk(x: jax.Array) -> jax.Array:
+        planes = _both_axes(_of_input, _tiles(x, pads))
+        products = [[planes[i][j] @ filters[i, j] for j in range(4)] for i in range(4)]
+        y = jnp.stack([jnp.stack(row, 3) for row in _both_axes(_to_output, products)], 2)  # [B, down, 2, across, 2, D]
+        return y.reshape(len(x), 2 * y.shape[1], 2 * y.shape[3], -1)[:, :height, :width]
+
+    return lax.map(chunk, _chunks(x)).reshape(len(x), height, width, -1)
+
+
+def winograd_kernel_gradient(x: jax.Array, dy: jax.Array, pads: Pads) -> jax.Array:
+    """The gradient [3, 3, C, D] of the kernel, from x [B, H, W, C] and the output's gradient [B, H', W', D]."""
+
+    def add(total: jax.Array, chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        x, dy = chunk
+        xs = _both_axes(_of_input, _tiles(x, pads))
+        dy = jnp.pad(dy, ((0, 0), (0, dy.shape[1] % 2), (0, dy.shape[2] % 2), (0, 0)))
+        dys = _both_axes(_of_gradient, [[dy[:, i::2, j::2] for j in range(2)] for i in range(2)])
+        products = [[_flat(xs[i][j]).T @ _flat(dys[i][j]) for j in range(4)] for i in range(4)]
+        return total + jnp.stack([jnp.stack(row) for row in products]), None
+
+    zero = jnp.zeros((4, 4, x.shape[3], dy.shape[3]), x.dtype)
+    total, _ = lax.scan(add, zero, (_chunks(x, dy), _chunks(dy)))
+    return jnp.einsum("ai,bj,abcd->ijcd", OF_KERNEL, OF_KERNEL, total, precision="highest")
+
+
+def tap_kernel_gradient(x: jax.Array, dy: jax.Array, size: tuple[int, int], stride: int, pads: Pads) -> jax.Array:
+    """The gradient [*size, C, D] of any kernel: for each tap, a product over the pixels that it meets."""
+
+    def taps(x: jax.Array, dy: jax.Array) -> jax.Array:
+        x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+        rows, columns = (
+            [slice(i, i + (n - 1) * stride + 1, stride) for i in range(k)]
+            for n, k in zip(dy.shape[1:3], size, strict=True)
+        )
+        return jnp.stack([jnp.stack([_flat(x[:, r, c]).T @ _flat(dy) for c in columns]) for r in rows])
+
+    if size == (1, 1):
+        return taps(x, dy)
+    zero = jnp.zeros((*size, x.shape[3], dy.shape[3]), x.dtype)
+    return lax.scan(lambda total, chunk: (total + taps(*chunk), None), zero, (_chunks(x, dy), _chunks(dy)))[0]
+
+
+def product(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    """A 1×1 convolution."""
+    return x[:, ::stride, ::stride] @ kernel[0, 0]
+
+
+def product_input_gradient(dy: jax.Array, kernel: jax.Array, stride: int, height: int, width: int) -> jax.Array:
+    """The gradient [B, height, width, C] of the input of a 1×1 convolution."""
+    ends = [
+        (0, side - 1 - (n - 1) * stride, stride - 1) for side, n in zip((height, width), dy.shape[1:3], strict=True)
+    ]
+    return lax.pad(dy @ kernel[0, 0].T, jnp.zeros((), dy.dtype), ((0, 0, 0), *ends, (0, 0, 0)))
+
+
+def _wins(x: jax.Array, kernel: jax.Array, stride: int) -> bool:
+    """Whether Winograd's filtering serves this convolution, and is faster than XLA's."""
+    wide, large = min(kernel.shape[2:]) >= MIN_CHANNELS, min(x.shape[1:3]) >= MIN_ROWS
+    return kernel.shape[:2] == (3, 3) and stride == 1 and wide and large
+
+
+def conv_general_dilated(
+    x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: str | Sequence[tuple[int, int]], **options: Any
+) -> jax.Array:
+    """As `jax.lax.conv_general_dilated`, for the `conv_general_dilated` field of `flax.linen.Conv`.
+
+    XLA's own where the default backend is no CPU, and for all but plain float32 convolutions with one stride.
+    """
+    direct = partial(lax.conv_general_dilated, window_strides=strides, padding=padding, **options)
+    if jax.default_backend() != "cpu" or x.dtype != jnp.float32 or len(set(strides)) > 1:
+        return direct(x, kernel)
+    if options.get("feature_group_count", 1) != 1:
+        return direct(x, kernel)
+    if any(set(options.get(name) or (1,)) != {1} for name in ("lhs_dilation", "rhs_dilation")):
+        return direct(x, kernel)
+    if isinstance(padding, str):
+        padding = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
+    (above, below), (left, right) = ((int(low), int(high)) for low, high in padding)
+    padded = above or below or left or right
+    if min(above, below, left, right) < 0 or (padded and kernel.shape[:2] == (1, 1)):
+        return direct(x, kernel)
+    return _conv(x, kernel, strides[0], ((above, below), (left, right)))
+
+
+def _direct(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads) -> jax.Array:
+    return lax.conv_general_dilated(x, kernel, (stride, stride), pads, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _conv(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads) -> jax.Array:
+    if kernel.shape[:2] == (1, 1):
+        return product(x, kernel, stride)
+    if _wins(x, kernel, stride):
+        return winograd_output(x, kernel, pads)
+    return _direct(x, kernel, stride, pads)
+
+
+def _forward(x, kernel, stride, pads):
+    return _conv(x, kernel, stride, pads), (x, kernel)
+
+
+def _backward(stride, pads, saved, dy):
+    x, kernel = saved
+    if kernel.shape[:2] == (1, 1):
+        of_x = product_input_gradient(dy, kernel, stride, *x.shape[1:3])
+    elif _wins(x, kernel, stride):
+        (above, below), (left, right) = pads
+        turned = kernel[::-1, ::-1].swapaxes(2, 3)
+        of_x = winograd_output(dy, turned, ((2 - above, 2 - below), (2 - left, 2 - right)))
+        return of_x, winograd_kernel_gradient(x, dy, pads)
+    else:
+        of_x = jax.linear_transpose(lambda x: _direct(x, kernel, stride, pads), x)(dy)[0]
+    return of_x, tap_kernel_gradient(x, dy, kernel.shape[:2], stride, pads)
+
+
+_conv.defvjp(_forward, _backward)
