@@ -11,7 +11,7 @@ from benchmarks import flops
 from jaxft import masking, nets, optim, train, train_state
 from jaxft.nets import cpu_conv
 
-SIZE, BATCH = (64, 64), 2
+SIZE, BATCH = (64, 64), 16
 
 
 def frozen_state(name, freeze, monkeypatch, clip_norm=None):
