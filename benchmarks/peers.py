@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 LR, MOMENTUM = 1e-4, 0.9
-CHECKED_STEPS = 3  # of the losses that every side must share
+CHECKED_STEPS = 2  # whose losses every side must share: before an update, and after it
 
 Step = Callable[[], Any]
 """Runs one step, not waiting for it where the library does not, and returns its loss, which `float` waits for."""

@@ -120,3 +120,17 @@ def test_compute_dtype():
     """Bug: bfloat16 on a CPU, where it is emulated."""
     assert finetune.compute_dtype("auto") == (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
     assert finetune.compute_dtype("bfloat16") == jnp.bfloat16
+
+
+def test_compiled_programs_lie_in_the_cache_folder_or_where_jax_was_told(tmp_path, monkeypatch):
+    """Bug: a folder that the user set for JAX is overruled, or nothing is kept."""
+    before = jax.config.jax_compilation_cache_dir
+    monkeypatch.setenv("JAXFT_CACHE", str(tmp_path))
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        assert finetune.keep_programs() == tmp_path / "compiled"
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "compiled")
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path / "mine"))
+        assert finetune.keep_programs() == tmp_path / "mine"
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
