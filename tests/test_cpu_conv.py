@@ -24,6 +24,11 @@ CASES = {  # height, width, channels in and out, kernel, stride, padding
 }
 
 
+@pytest.fixture(autouse=True)
+def small_ones_too(monkeypatch):
+    monkeypatch.setattr(cpu_conv, "MIN_MACS", 0)
+
+
 def draw(case, batch=3):
     height, width, fan_in, fan_out, size, stride, padding = CASES[case]
     rng = np.random.default_rng(0)

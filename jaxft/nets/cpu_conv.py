@@ -28,6 +28,7 @@ Planes = list[list[jax.Array]]  # [i][j]: element (i, j) of every tile, [B, tile
 
 Pads = tuple[tuple[int, int], tuple[int, int]]  # ((above, below), (left, right))
 
+MIN_MACS = 2**25  # multiply-adds of the batch: less is done in a millisecond, and not worth the longer compilation
 MIN_ROWS = 12  # smaller maps waste too much of their tiles
 MIN_CHANNELS = 32  # fewer make products too thin to pay for the transforms
 CHUNK_PIXELS = 56 * 56  # of the images that are transformed at once: their planes stay in the cache of a core
@@ -159,6 +160,8 @@ def conv_general_dilated(
     (above, below), (left, right) = ((int(low), int(high)) for low, high in padding)
     padded = above or below or left or right
     if min(above, below, left, right) < 0 or (padded and kernel.shape[:2] == (1, 1)):
+        return direct(x, kernel)
+    if x.size // strides[0] ** 2 * math.prod(kernel.shape[:2]) * kernel.shape[3] < MIN_MACS:
         return direct(x, kernel)
     return _conv(x, kernel, strides[0], ((above, below), (left, right)))
 
