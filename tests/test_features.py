@@ -7,6 +7,8 @@ import tiny
 from test_finetune import run
 
 from jaxft import features, fetch, nets
+from jaxft.data import cache as cache_module
+from jaxft.data.cache import Cache
 
 
 @pytest.fixture(autouse=True)
@@ -44,13 +46,13 @@ def test_views_differ_from_each_other_and_from_the_plain_image(tmp_path):
     held = {}
     for folder in (fetch.cache_folder() / "features").iterdir():
         view = json.loads((folder / "manifest.json").read_text())["identity"]["view"]
-        held[view] = np.fromfile(folder / "features.bin", np.float32).reshape(-1, 4, 4, 4)
+        held[view] = np.fromfile(folder / "rows.bin", np.float32).reshape(-1, 4, 4, 4)
     assert {view: len(rows) for view, rows in held.items()} == {0: 23, 1: 23, None: 7}
     assert np.abs(held[0] - held[1]).max() > 1e-3
 
 
 def a_cache(n=40, width=1000):
-    cache = features.Cache({"net": "Tiny", "stage": "stem", "view": None}, np.arange(n), (width,), np.float32)
+    cache = Cache("features", "tiny-stem", {"view": None}, np.arange(n), (width,), np.float32)
     whole = np.random.default_rng(0).normal(size=(n, width)).astype(np.float32)
 
     def compute(indices):
@@ -62,7 +64,7 @@ def a_cache(n=40, width=1000):
 
 def test_a_cache_that_was_killed_goes_on_behind_its_last_whole_block(monkeypatch):
     """Bug: rows of a block that is not in the manifest are trusted, or finished ones are computed again."""
-    monkeypatch.setattr(features, "BLOCK_BYTES", 8 * 4000)
+    monkeypatch.setattr(cache_module, "BLOCK_BYTES", 8 * 4000)
     cache, whole, compute = a_cache()
 
     def dies(indices):
@@ -83,7 +85,7 @@ def test_a_cache_that_was_killed_goes_on_behind_its_last_whole_block(monkeypatch
 
 def test_a_damaged_block_is_computed_again(monkeypatch, capsys):
     """Bug: features are read without a look at their checksum."""
-    monkeypatch.setattr(features, "BLOCK_BYTES", 8 * 4000)
+    monkeypatch.setattr(cache_module, "BLOCK_BYTES", 8 * 4000)
     cache, whole, compute = a_cache()
     cache.fill(compute)
     content = bytearray(cache.file.read_bytes())
@@ -97,10 +99,10 @@ def test_a_damaged_block_is_computed_again(monkeypatch, capsys):
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     """Bug: the estimate is made, but the run begins to write all the same."""
-    monkeypatch.setattr(features, "SPARE_BYTES", 2**60)
+    monkeypatch.setattr(cache_module, "SPARE_BYTES", 2**60)
     with pytest.raises(OSError, match=r"the features need .* make room or set JAXFT_CACHE"):
         frozen_run(tmp_path / "on", cache_features="on", augmentation={})
-    assert not list((tmp_path / "cache").rglob("features.bin"))
+    assert not list((tmp_path / "cache").rglob("features/*/rows.bin"))
     frozen_run(tmp_path / "auto", cache_features="auto", augmentation={})  # goes without
 
 

@@ -13,6 +13,11 @@ from jaxft.checkpoint import CheckpointError
 from jaxft.data import Dataset
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("JAXFT_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
 def dataset(n=30):
     whole = tiny.batch(0, size=n)
     return Dataset(
@@ -72,6 +77,19 @@ def test_running_again_gives_the_same_result_and_trains_no_more(tmp_path):
     again, summary_again = run(tmp_path)
     assert int(again.step) == int(state.step) == 4
     assert summary_again["log_loss"] == summary["log_loss"]
+
+
+@pytest.mark.parametrize("options", [{}, {"views": 2, "cache_features": "on"}], ids=["anew", "cached"])
+def test_images_that_are_held_on_the_device_or_nowhere_train_the_same(tmp_path, monkeypatch, options):
+    """Bug: a batch takes other rows from the device, or a full disk changes the result."""
+    net = tiny.Tiny(frozen=frozenset({"conv1", "bn1"}))
+    options = {**options, "net": net, "frozen": net.frozen}
+    losses = [run(tmp_path / "disk", **options)[1]["log_loss"]]
+    monkeypatch.setattr("jaxft.data.cache.to_device", jax.device_put)
+    losses.append(run(tmp_path / "device", **options)[1]["log_loss"])
+    monkeypatch.setattr("jaxft.data.loader.decode_once", lambda *args, **options: None)
+    losses.append(run(tmp_path / "nowhere", **options)[1]["log_loss"])
+    assert losses[0] == losses[1] == losses[2]
 
 
 def test_another_configuration_is_refused_with_its_differences(tmp_path):

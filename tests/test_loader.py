@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -255,25 +256,46 @@ print("done")
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "done", "")
 
 
-def test_decoded_once_gives_the_same_batches_and_decodes_once():
-    """Fails when the memory returns another image, or every epoch decodes anew."""
-    images = Counting([encoded(picture(i)) for i in range(12)])
+def test_decode_once_gives_the_same_batches_and_decodes_once(tmp_path, monkeypatch):
+    """Fails when the file holds other images, epochs or runs decode anew, or images not asked for are decoded."""
+    monkeypatch.setenv("JAXFT_CACHE", str(tmp_path))
+    images = Counting([encoded(picture(i)) for i in range(14)])
     data = dataset(images=images)
     plain = train(data, range(12), num_steps=6)
-    images.counts = [0] * 12
-    kept = loader.decoded_once(data, SIZE)
-    assert_equal(plain, train(kept, range(12), num_steps=6, workers=1))
-    assert images.counts == [1] * 12
-    batch = next(loader.eval_batches(kept, [3], batch_size=1, image_size=SIZE, workers=1))
-    batch["image"][:] = 0  # a batch that its receiver changes must not change the memory
-    assert next(loader.eval_batches(kept, [3], batch_size=1, image_size=SIZE, workers=1))["image"].any()
+    images.counts = [0] * 14
+    for _ in range(2):  # a run, and the next one
+        kept = loader.decode_once(data, np.arange(12), SIZE)
+        decoded = replace(data, images=loader.Decoded(kept, 14))
+        assert_equal(plain, train(decoded, range(12), num_steps=6))
+    assert images.counts == [1] * 12 + [0] * 2
+    batch = next(loader.eval_batches(decoded, [3], batch_size=1, image_size=SIZE, workers=1))
+    batch["image"][:] = 0  # a batch that its receiver changes must not change the file
+    assert next(loader.eval_batches(decoded, [3], batch_size=1, image_size=SIZE, workers=1))["image"].any()
 
 
-def test_decoded_once_declines_what_does_not_fit(small):
-    """Fails when the limit is not held, or is off by a factor of the channels."""
-    needed = 20 * SIZE[0] * SIZE[1] * 3
-    assert loader.decoded_once(small, SIZE, max_bytes=needed - 1) is small
-    assert loader.decoded_once(small, SIZE, max_bytes=needed) is not small
+def test_decode_once_keeps_other_data_sizes_and_decoding_apart(tmp_path, monkeypatch):
+    """Fails when images decoded at another size, in another way, or of other data are read."""
+    monkeypatch.setenv("JAXFT_CACHE", str(tmp_path))
+    data, indices = dataset(4), np.arange(4)
+    other = replace(data, fingerprint="1" * 64)
+    kept = [
+        loader.decode_once(data, indices, SIZE),
+        loader.decode_once(data, indices[:3], SIZE),
+        loader.decode_once(other, indices, SIZE),
+        loader.decode_once(data, indices, SIZE, scaled=True),
+        loader.decode_once(data, indices, (8, 8)),
+    ]
+    assert len({cache.folder for cache in kept}) == 5
+    assert kept[-1].take(np.array([2, 0])).shape == (2, 8, 8, 3)
+
+
+def test_decode_once_declines_what_does_not_fit(tmp_path, monkeypatch, small, capsys):
+    """Fails when a full disk ends the run, or fills up all the same."""
+    monkeypatch.setenv("JAXFT_CACHE", str(tmp_path))
+    monkeypatch.setattr("jaxft.data.cache.SPARE_BYTES", 2**60)
+    assert loader.decode_once(small, np.arange(20), SIZE) is None
+    assert "decoded anew in every epoch: the pixels need" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
 
 
 # Decoding.
@@ -301,14 +323,16 @@ def test_reduction_is_antialiased():
         assert 120 < found.min() and found.max() < 136
 
 
-def test_fast_decoding_stays_near_exact_decoding():
-    """Fails when the reduced decode goes below the size wanted (blur) or shifts the picture."""
+def test_scaled_decoding_stays_near_exact_decoding():
+    """Fails when the scaled decode goes below the size wanted (blur), shifts the picture, or is on by default."""
     rng = np.random.default_rng(0)
     coarse = rng.integers(0, 256, (60, 80, 3), dtype=np.uint8)
     array = np.asarray(Image.fromarray(coarse).resize((640, 480), Image.Resampling.BICUBIC))
     data = simplejpeg.encode_jpeg(np.ascontiguousarray(array), quality=90)
     exact = Image.fromarray(simplejpeg.decode_jpeg(data)).resize((224, 224), Image.Resampling.BILINEAR)
-    difference = np.abs(decode.rgb(data, (224, 224), "").astype(int) - np.asarray(exact))
+    np.testing.assert_array_equal(decode.rgb(data, (224, 224), ""), np.asarray(exact))
+    difference = np.abs(decode.rgb(data, (224, 224), "", scaled=True).astype(int) - np.asarray(exact))
+    assert difference.any()
     assert difference.mean() < 1.5 and difference.max() < 12
 
 

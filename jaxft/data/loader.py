@@ -2,14 +2,15 @@
 
 import functools
 import os
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import grain
 import numpy as np
 
 from jaxft.data import Dataset, decode
+from jaxft.data.cache import Cache
 
 Batch = dict[str, np.ndarray]
 Batches = Generator[Batch, None, None]
@@ -41,6 +42,7 @@ def train_batches(
     *,
     batch_size: int,
     image_size: tuple[int, int] | None,
+    scaled: bool = False,
     seed: int,
     start_step: int = 0,
     num_steps: int | None = None,
@@ -58,6 +60,7 @@ def train_batches(
         indices: the examples to train on, [n].
         batch_size: of all processes together, B.
         image_size: (H, W); None leaves the images out, for training on cached features.
+        scaled: see `decode.rgb`.
         seed: at least 0.
         start_step: the first batch, at least 0; a resumed run passes the step that it restored.
         num_steps: batches to give; None goes on forever.
@@ -85,7 +88,7 @@ def train_batches(
 
     def batch(step: int) -> Batch:
         epoch, first = step // steps, step % steps * batch_size
-        return _load(dataset, indices[permutation(epoch)[first : first + batch_size][rows]], image_size)
+        return _load(dataset, indices[permutation(epoch)[first : first + batch_size][rows]], image_size, scaled)
 
     stop = _FOREVER if num_steps is None else start_step + num_steps
     return _in_background(batch, range(start_step, stop), workers)
@@ -97,6 +100,7 @@ def eval_batches(
     *,
     batch_size: int,
     image_size: tuple[int, int] | None,
+    scaled: bool = False,
     workers: int | None = None,
     process_index: int = 0,
     process_count: int = 1,
@@ -120,7 +124,7 @@ def eval_batches(
     def batch(step: int) -> Batch:
         mine = indices[step * batch_size : (step + 1) * batch_size][rows]
         padding = rows.stop - rows.start - len(mine)
-        loaded = _load(dataset, mine, image_size)
+        loaded = _load(dataset, mine, image_size, scaled)
         loaded["weight"] = np.ones(len(mine), np.float32)
         fill = {"image": 0, "label": 0, "index": -1, "weight": 0}
         return {
@@ -133,33 +137,45 @@ def eval_batches(
     return _in_background(batch, range(-(-len(indices) // batch_size)), workers)
 
 
-def decoded_once(dataset: Dataset, image_size: tuple[int, int], *, max_bytes: int = 512 * 2**20) -> Dataset:
-    """The dataset with its images decoded at `image_size` when first asked for, and kept in memory.
+def decode_once(
+    dataset: Dataset, indices: np.ndarray, image_size: tuple[int, int], *, scaled: bool = False
+) -> Cache | None:
+    """The images `indices`, int [n], decoded at `image_size` into a file of the cache folder, where that has room.
 
     Returns:
-        `dataset` itself where all its images together would take more than `max_bytes`.
+        rows uint8 [H, W, 3]; None where the disk has no room, and a line says so: decode them as they are needed.
+
+    Raises:
+        ValueError: an image that cannot be decoded, by name.
+        OSError: the cache folder cannot be written to.
     """
-    if len(dataset) * image_size[0] * image_size[1] * 3 > max_bytes:
-        return dataset
-    return replace(dataset, images=_DecodedOnce(dataset, image_size, [None] * len(dataset)))
+    identity = {"data": dataset.fingerprint, "size": list(image_size), "scaled": scaled}
+    name = "×".join(map(str, image_size))
+    cache = Cache("pixels", name, identity, np.unique(indices), (*image_size, 3), np.uint8)
+    if reason := cache.no_room():
+        print(f"images are decoded anew in every epoch: {reason}", flush=True)
+        return None
+
+    def compute(missing: np.ndarray) -> Iterator[np.ndarray]:
+        for batch in eval_batches(dataset, missing, batch_size=32, image_size=image_size, scaled=scaled):
+            yield batch["image"][batch["weight"] > 0]
+
+    cache.fill(compute)
+    return cache
 
 
 @dataclass(frozen=True)
-class _DecodedOnce:
-    dataset: Dataset
-    image_size: tuple[int, int]
-    kept: list[np.ndarray | None]
+class Decoded:
+    """The images of a dataset of `length` images, those that `cache` holds."""
+
+    cache: Cache
+    length: int
 
     def __len__(self) -> int:
-        return len(self.kept)
+        return self.length
 
     def __getitem__(self, index: int, /) -> np.ndarray:
-        image = self.kept[index]
-        if image is None:
-            # Two threads may both decode an image: the same pixels, and storing one is atomic, so no lock is needed.
-            image = decode.rgb(self.dataset.images[index], self.image_size, self.dataset.names[index])
-            self.kept[index] = image
-        return image
+        return self.cache.take(index)
 
 
 _FOREVER = 2**62
@@ -182,13 +198,13 @@ def _rows(batch_size: int, process_index: int, process_count: int) -> slice:
     return slice(process_index * each, (process_index + 1) * each)
 
 
-def _load(dataset: Dataset, indices: np.ndarray, image_size: tuple[int, int] | None) -> Batch:
+def _load(dataset: Dataset, indices: np.ndarray, image_size: tuple[int, int] | None, scaled: bool) -> Batch:
     labels = {"label": np.asarray(dataset.labels, np.int32)[indices], "index": indices.astype(np.int32)}
     if image_size is None:
         return labels
     images = np.empty((len(indices), *image_size, 3), np.uint8)
     for row, index in enumerate(indices.tolist()):
-        images[row] = decode.rgb(dataset.images[index], image_size, dataset.names[index])
+        images[row] = decode.rgb(dataset.images[index], image_size, dataset.names[index], scaled=scaled)
     return {"image": images, **labels}
 
 
