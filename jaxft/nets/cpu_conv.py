@@ -20,7 +20,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 Rows = Sequence[Any]  # numbers to be combined along one axis of a tile
@@ -46,7 +45,14 @@ def _of_gradient(y: Rows) -> list:
     return [y[0], y[0] + y[1], y[0] - y[1], -y[1]]
 
 
-OF_KERNEL = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], np.float32)
+def _of_kernel(k: Rows) -> list:
+    middle, ends = k[1] / 2, (k[0] + k[2]) / 2
+    return [k[0], ends + middle, ends - middle, k[2]]
+
+
+def _to_kernel(m: Rows) -> list:
+    ends, middle = (m[1] + m[2]) / 2, (m[1] - m[2]) / 2
+    return [m[0] + ends, middle, ends + m[3]]
 
 
 def _both_axes(transform: Callable[[Rows], list], planes: Planes) -> Planes:
@@ -78,11 +84,11 @@ def _flat(plane: jax.Array) -> jax.Array:
 def winograd_output(x: jax.Array, kernel: jax.Array, pads: Pads) -> jax.Array:
     """x [B, H, W, C] ∗ kernel [3, 3, C, D] at stride 1: [B, H', W', D]."""
     height, width = (side + sum(pad) - 2 for side, pad in zip(x.shape[1:3], pads, strict=True))
-    filters = jnp.einsum("ai,bj,ijcd->abcd", OF_KERNEL, OF_KERNEL, kernel, precision="highest")
+    filters = _both_axes(_of_kernel, [[kernel[i, j] for j in range(3)] for i in range(3)])
 
     def chunk(x: jax.Array) -> jax.Array:
         planes = _both_axes(_of_input, _tiles(x, pads))
-        products = [[planes[i][j] @ filters[i, j] for j in range(4)] for i in range(4)]
+        products = [[planes[i][j] @ filters[i][j] for j in range(4)] for i in range(4)]
         y = jnp.stack([jnp.stack(row, 3) for row in _both_axes(_to_output, products)], 2)  # [B, down, 2, across, 2, D]
         return y.reshape(len(x), 2 * y.shape[1], 2 * y.shape[3], -1)[:, :height, :width]
 
@@ -102,7 +108,8 @@ def winograd_kernel_gradient(x: jax.Array, dy: jax.Array, pads: Pads) -> jax.Arr
 
     zero = jnp.zeros((4, 4, x.shape[3], dy.shape[3]), x.dtype)
     total, _ = lax.scan(add, zero, (_chunks(x, dy), _chunks(dy)))
-    return jnp.einsum("ai,bj,abcd->ijcd", OF_KERNEL, OF_KERNEL, total, precision="highest")
+    rows = _both_axes(_to_kernel, [[total[i, j] for j in range(4)] for i in range(4)])
+    return jnp.stack([jnp.stack(row) for row in rows])
 
 
 def tap_kernel_gradient(x: jax.Array, dy: jax.Array, size: tuple[int, int], stride: int, pads: Pads) -> jax.Array:

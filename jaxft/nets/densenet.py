@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxft.nets.common import Scale, Spec, Stage, batch_norm, check_size, classify, conv, fold, published
+from jaxft.nets.cpu_pool import max_pool
 
 
 class DenseNet(nn.Module):
@@ -109,7 +110,7 @@ class DenseNet(nn.Module):
 
         stages: list[Stage] = [
             ("conv1", stem),
-            ("pool1", lambda x: nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))),
+            ("pool1", lambda x: max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))),
         ]
         for s, depth in enumerate(self.depths, 2):
             stages += [(self._dense(s, b)[0], partial(dense, s=s, b=b)) for b in range(1, depth + 1)]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxft.nets.common import Padding, Spec, Stage, check_size, classify, conv, fold
+from jaxft.nets.cpu_pool import max_pool
 
 # Module → widths of 1x1, 3x3_reduce, 3x3, 5x5_reduce, 5x5, pool_proj.
 MODULES = {
@@ -151,7 +152,7 @@ class GoogLeNet(nn.Module):
             self._relu_conv(x, f"{name}_1x1", one, 1),
             self._relu_conv(self._relu_conv(x, f"{name}_3x3_reduce", reduce3, 1), f"{name}_3x3", three, 3),
             self._relu_conv(self._relu_conv(x, f"{name}_5x5_reduce", reduce5, 1), f"{name}_5x5", five, 5),
-            self._relu_conv(nn.max_pool(x, (3, 3), padding="SAME"), f"{name}_pool_proj", projection, 1),
+            self._relu_conv(max_pool(x, (3, 3), padding="SAME"), f"{name}_pool_proj", projection, 1),
         )
         return jnp.concatenate(branches, -1)
 
@@ -174,7 +175,7 @@ class GoogLeNet(nn.Module):
 
 def _pool(x: jax.Array) -> jax.Array:
     """3×3/2 max pooling, padded at the bottom and right; with zeros in the source, which behind a ReLU is the same."""
-    return nn.max_pool(x, (3, 3), (2, 2), padding=((0, 1), (0, 1)))
+    return max_pool(x, (3, 3), (2, 2), padding=((0, 1), (0, 1)))
 
 
 def _normalize(x: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxft.nets.common import Spec, Stage, batch_norm, check_size, classify, conv, fold, published
+from jaxft.nets.cpu_pool import max_pool
 
 
 class Conv(NamedTuple):
@@ -237,7 +238,7 @@ class Inception(nn.Module):
             elif isinstance(part, Fork):
                 x = jnp.concatenate([self._run(branch, train, x) for branch in part.branches], -1)
             elif part.kind == "max":
-                x = nn.max_pool(x, (3, 3), (part.strides,) * 2, part.padding)
+                x = max_pool(x, (3, 3), (part.strides,) * 2, part.padding)
             else:
                 x = nn.avg_pool(x, (3, 3), (part.strides,) * 2, part.padding, count_include_pad=False)
         return x

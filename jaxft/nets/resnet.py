@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxft.nets.common import Scale, Spec, Stage, batch_norm, check_size, classify, conv, fold, published
+from jaxft.nets.cpu_pool import max_pool
 
 WIDTHS = (64, 128, 256, 512)  # of the 3×3 convolutions of stages 2 to 5; blocks end four times as wide
 
@@ -110,7 +111,7 @@ class ResNet(nn.Module):
         stages: list[Stage] = [
             ("conv1", lambda x: nn.relu(self._conv_bn(x, "", "", 64, 7, train, strides=2, padding=((3, 3), (3, 3))))),
             # Keras pads with zeros, which behind a ReLU is the same as no padding.
-            ("pool1", lambda x: nn.max_pool(x, (3, 3), (2, 2), padding=((pool_padding, pool_padding),) * 2)),
+            ("pool1", lambda x: max_pool(x, (3, 3), (2, 2), padding=((pool_padding, pool_padding),) * 2)),
         ]
         for stage, block, width, strides in self._blocks():
             stages.append((stage, partial(self._block, block=block, width=width, strides=strides, train=train)))

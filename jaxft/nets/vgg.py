@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxft.nets.common import Spec, Stage, conv, fold, published
+from jaxft.nets.cpu_pool import max_pool
 
 WIDTHS = (64, 128, 256, 512, 512)
 FC_WIDTH = 4096
@@ -95,7 +96,7 @@ class VGG(nn.Module):
     def _block(self, block: int, depth: int, x: jax.Array) -> jax.Array:
         for i in range(1, depth + 1):
             x = nn.relu(conv(x, f"block{block}_conv{i}", WIDTHS[block - 1], (3, 3), dtype=self.dtype))
-        return nn.max_pool(x, (2, 2), (2, 2))
+        return max_pool(x, (2, 2), (2, 2))
 
     def _head_stages(self, num_classes: int, train: bool) -> list[Stage]:
         def dense(name: str, width: int, rate: float, dtype: DTypeLike, x: jax.Array) -> jax.Array:
