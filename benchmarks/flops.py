@@ -1,7 +1,9 @@
-"""Floating-point operations of a train step by formula, and a device's measured peak."""
+"""What a train step must do and keep, counted from shapes alone, and a device's measured peak."""
 
+import dataclasses
 import time
 from typing import Any
+from unittest import mock
 
 import flax.linen as nn
 import jax
@@ -12,9 +14,44 @@ from jaxft import masking
 from jaxft.train_state import TrainState
 
 
-def _taps(module: nn.Module, images: jax.Array, out: jax.Array) -> int:
-    """Multiply-adds of a convolution for each pair of channels: kernel taps that meet a pixel, not the padding."""
-    assert isinstance(module, nn.Conv)
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A layer, ReLU or max pooling, as the net ran it: abstract `x` → `out`; a layer has its module and its name."""
+
+    x: jax.Array
+    out: jax.Array
+    module: Any = None
+    name: str = ""
+
+
+def calls(net: nn.Module, variables: Any, images: jax.ShapeDtypeStruct) -> list[Call]:
+    """The layers with weights, ReLUs and max poolings of a forward pass in training, in the order in which they run."""
+    found: list[Call] = []
+
+    def record(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        out = call(*args, **kwargs)
+        if context.method_name == "__call__" and context.module.name in variables["params"]:
+            found.append(Call(args[0], out, context.module, context.module.name))
+        return out
+
+    def recorded(function: Any) -> Any:
+        def run(x: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+            found.append(Call(x, function(x, *args, **kwargs), name=function.__name__))
+            return found[-1].out
+
+        return run
+
+    def forward(variables: Any, images: jax.Array) -> Any:
+        return net.apply(variables, images, train=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(0)})
+
+    relu, max_pool = (mock.patch.object(nn, f.__name__, recorded(f)) for f in (nn.relu, nn.max_pool))
+    with nn.intercept_methods(record), relu, max_pool:
+        jax.eval_shape(forward, variables, images)
+    return found
+
+
+def _taps(module: Any, images: jax.Array, out: jax.Array) -> int:
+    """Multiply-adds of an `nn.Conv` for each pair of channels: kernel taps that meet a pixel, not the padding."""
     total = 1
     for axis, (k, stride) in enumerate(zip(module.kernel_size, np.broadcast_to(module.strides, 2), strict=True), 1):
         side, outputs = images.shape[axis], out.shape[axis]
@@ -26,42 +63,68 @@ def _taps(module: nn.Module, images: jax.Array, out: jax.Array) -> int:
     return total
 
 
-def layer_macs(net: nn.Module, variables: Any, image_size: tuple[int, int]) -> dict[str, int]:
-    """Layer → multiply-adds of one image, for convolutions and dense layers, in the order in which they run."""
-    macs: dict[str, int] = {}
-
-    def record(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        out = call(*args, **kwargs)
-        module = context.module
-        if context.method_name == "__call__" and "kernel" in variables["params"].get(module.name or "", {}):
-            *_, fan_in, fan_out = variables["params"][module.name]["kernel"].shape
-            macs[module.name] = fan_in * fan_out * (_taps(module, args[0], out) if out.ndim == 4 else 1)
-        return out
-
-    with nn.intercept_methods(record):
-        jax.eval_shape(net.apply, variables, jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32))
-    return macs
-
-
 def formula(net: nn.Module, state: TrainState, image_size: tuple[int, int], batch_size: int) -> int:
     """Operations (two a multiply-add) of convolutions and dense layers in one train step, counted layer by layer.
 
     Each layer runs forward; a trainable one takes the gradient of its kernel; one behind a trainable layer, in the
     order in which layers run, takes the gradient of its input.
     """
-    macs = layer_macs(net, {"params": state.params, "batch_stats": state.batch_stats}, image_size)
     total, behind = 0, False
-    for layer, each in macs.items():
-        trained = state.labels[layer] != masking.FROZEN
-        total += each * (1 + trained + behind)
+    for call in calls(net, state.variables(), jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)):
+        if call.module is None:
+            continue
+        trained = state.labels[call.name] != masking.FROZEN
+        if "kernel" in state.params[call.name]:
+            *_, fan_in, fan_out = state.params[call.name]["kernel"].shape
+            macs = fan_in * fan_out * (_taps(call.module, call.x, call.out) if call.out.ndim == 4 else 1)
+            total += macs * (1 + trained + behind)
         behind = behind or trained
     return int(2 * batch_size * total)
 
 
+def normalisation(net: nn.Module, state: TrainState, image_size: tuple[int, int], batch_size: int) -> int:
+    """Operations of BatchNorm in one train step, which `formula` leaves out, as shares of peak do.
+
+    An element costs 3 in inference mode, as frozen layers run, with one more for the gradient of an input that is
+    trained. In training it costs 8: mean, variance, the two differences, and the slope of the square; and 11 more for
+    the gradient, whose sums run over mean, variance, scale and bias.
+    """
+    total, behind = 0, False
+    for call in calls(net, state.variables(), jax.ShapeDtypeStruct((batch_size, *image_size, 3), jnp.float32)):
+        if call.module is None:
+            continue
+        trained = state.labels[call.name] != masking.FROZEN
+        if isinstance(call.module, nn.BatchNorm):
+            total += call.x.size * (19 if trained else 3 + behind)
+        behind = behind or trained
+    return total
+
+
+def kept_bytes(net: nn.Module, state: TrainState, image_size: tuple[int, int], batch_size: int) -> int:
+    """Bytes of activations in float32 that a train step must keep from its forward pass for its gradient.
+
+    A trainable convolution or dense layer keeps its input. Behind a trainable layer, ReLU keeps a byte an element and
+    max pooling its input. A trainable BatchNorm keeps its input without the mean, and the slope of that squared, as
+    jaxft writes it: XLA may compute the second from the first again. What two of them keep is counted once.
+    """
+    kept: dict[Any, int] = {}
+    behind = False
+    for call in calls(net, state.variables(), jax.ShapeDtypeStruct((batch_size, *image_size, 3), jnp.float32)):
+        trained = call.module is not None and state.labels[call.name] != masking.FROZEN
+        behind = behind or trained
+        if trained and isinstance(call.module, nn.BatchNorm):
+            kept[call.name] = 2 * 4 * call.x.size
+        elif trained or (behind and call.name == "max_pool"):
+            kept[id(call.x)] = 4 * call.x.size
+        elif behind and call.name == "relu":
+            kept["mask", id(call.out)] = call.out.size
+    return sum(kept.values())
+
+
 def device_peak(dtype: Any) -> float:
-    """Operations a second of the fastest of ten products of square matrices, on the default device."""
+    """Operations a second of the fastest of ten products of square random matrices, on the default device."""
     n = 2048 if jax.default_backend() == "cpu" else 8192
-    a = jnp.ones((n, n), dtype)
+    a = jax.random.normal(jax.random.key(0), (n, n), dtype)  # a GPU multiplies ones faster than it does data
     product = jax.jit(lambda a, b: a @ b)
     product(a, a).block_until_ready()
     seconds = []
