@@ -2,11 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import DTypeLike
 
 from jaxft.nets import cpu_conv
@@ -124,6 +126,74 @@ def conv(
     )(x)
 
 
+class BatchNorm(nn.Module):
+    """Keras's BatchNormalization over the last axis: biased variance, in the running one too.
+
+    Attributes:
+        inference: normalise by the running statistics and leave them.
+        momentum, epsilon: as Keras's.
+        use_scale: whether there is a gamma.
+        dtype: of the output; statistics and parameters are float32, as is the arithmetic.
+    """
+
+    inference: bool
+    momentum: float
+    epsilon: float
+    use_scale: bool
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = x.shape[-1:]
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
+        running_var = self.variable("batch_stats", "var", jnp.ones, shape)
+        scale = self.param("scale", nn.initializers.ones, shape) if self.use_scale else jnp.ones(shape)
+        bias = self.param("bias", nn.initializers.zeros, shape)
+        if self.inference:
+            y = (x - running_mean.value) * (lax.rsqrt(running_var.value + self.epsilon) * scale) + bias
+            return y.astype(self.dtype)
+        y, mean, var = normalise(x, scale, bias, self.epsilon)
+        if not self.is_initializing():
+            for running, batch in ((running_mean, mean), (running_var, var)):
+                running.value = self.momentum * running.value + (1 - self.momentum) * batch
+        return y.astype(self.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def normalise(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """x [..., C] by the mean and biased variance of each channel → (float32 [..., C], mean [C], variance [C]).
+
+    Its gradient is written out: it keeps x alone, where the derivative of each operation would keep what it made of x,
+    and reads x and the output's gradient twice.
+    """
+    axes = tuple(range(x.ndim - 1))
+    x = x.astype(jnp.float32)
+    mean = x.mean(axes)
+    var = jnp.square(x - mean).mean(axes)  # E[x²] - E[x]² cancels; Keras subtracts the mean first
+    return (x - mean) * (lax.rsqrt(var + epsilon) * scale) + bias, mean, var
+
+
+def _normalise_forward(x, scale, bias, epsilon):
+    y, mean, var = normalise(x, scale, bias, epsilon)
+    return (y, mean, var), (x, scale, mean, var)
+
+
+def _normalise_backward(epsilon, saved, gradients):
+    x, scale, mean, var = saved
+    dy, dmean, dvar = gradients
+    axes, n = tuple(range(x.ndim - 1)), x.size // x.shape[-1]
+    centred, inverse = x.astype(jnp.float32) - mean, lax.rsqrt(var + epsilon)
+    of_bias, of_scale = dy.sum(axes), (dy * centred).sum(axes) * inverse
+    slope = 2 * dvar - inverse * inverse * scale * of_scale
+    dx = inverse * scale * dy + (centred * slope + (dmean - inverse * scale * of_bias)) / n
+    return dx.astype(x.dtype), of_scale, of_bias
+
+
+normalise.defvjp(_normalise_forward, _normalise_backward)
+
+
 def batch_norm(
     x: jax.Array,
     name: str,
@@ -135,16 +205,8 @@ def batch_norm(
     scale: bool = True,
     dtype: DTypeLike,
 ) -> jax.Array:
-    """Keras's BatchNormalization: in inference mode where its name is frozen, biased variance in the running one."""
-    return nn.BatchNorm(
-        use_running_average=not train or name in frozen,
-        momentum=momentum,
-        epsilon=epsilon,
-        use_scale=scale,
-        use_fast_variance=False,  # E[x²] - E[x]² cancels; Keras subtracts the mean first
-        dtype=dtype,
-        name=name,
-    )(x)
+    """A BatchNorm, in inference mode where its name is frozen; to be called inside a compact module."""
+    return BatchNorm(not train or name in frozen, momentum, epsilon, scale, dtype, name=name)(x)
 
 
 class Scale(nn.Module):
