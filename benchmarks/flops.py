@@ -1,6 +1,10 @@
-"""What a train step must do and keep, counted from shapes alone, and a device's measured peak."""
+"""What a train step must do and keep, counted from shapes alone, and a device's measured peak.
+
+python -m benchmarks.flops DTYPE    # prints the peak, in operations a second
+"""
 
 import dataclasses
+import sys
 import time
 from typing import Any
 from unittest import mock
@@ -29,9 +33,10 @@ def calls(net: nn.Module, variables: Any, images: jax.ShapeDtypeStruct) -> list[
     found: list[Call] = []
 
     def record(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        place = len(found)  # before a ReLU that the layer runs itself
         out = call(*args, **kwargs)
         if context.method_name == "__call__" and context.module.name in variables["params"]:
-            found.append(Call(args[0], out, context.module, context.module.name))
+            found.insert(place, Call(args[0], jax.tree.leaves(out)[0], context.module, context.module.name))
         return out
 
     def recorded(function: Any) -> Any:
@@ -51,7 +56,7 @@ def calls(net: nn.Module, variables: Any, images: jax.ShapeDtypeStruct) -> list[
 
 
 def _taps(module: Any, images: jax.Array, out: jax.Array) -> int:
-    """Multiply-adds of an `nn.Conv` for each pair of channels: kernel taps that meet a pixel, not the padding."""
+    """Multiply-adds of a convolution for each pair of channels: kernel taps that meet a pixel, not the padding."""
     total = 1
     for axis, (k, stride) in enumerate(zip(module.kernel_size, np.broadcast_to(module.strides, 2), strict=True), 1):
         side, outputs = images.shape[axis], out.shape[axis]
@@ -86,16 +91,15 @@ def normalisation(net: nn.Module, state: TrainState, image_size: tuple[int, int]
     """Operations of BatchNorm in one train step, which `formula` leaves out, as shares of peak do.
 
     An element costs 3 in inference mode, as frozen layers run, with one more for the gradient of an input that is
-    trained. In training it costs 8: mean, variance, the two differences, and the slope of the square; and 11 more for
-    the gradient, whose sums run over mean, variance, scale and bias.
+    trained. In training it costs 7, three of them for the variance, and 9 for the gradient.
     """
     total, behind = 0, False
     for call in calls(net, state.variables(), jax.ShapeDtypeStruct((batch_size, *image_size, 3), jnp.float32)):
         if call.module is None:
             continue
         trained = state.labels[call.name] != masking.FROZEN
-        if isinstance(call.module, nn.BatchNorm):
-            total += call.x.size * (19 if trained else 3 + behind)
+        if call.name in state.batch_stats:
+            total += call.x.size * (16 if trained else 3 + behind)
         behind = behind or trained
     return total
 
@@ -103,18 +107,15 @@ def normalisation(net: nn.Module, state: TrainState, image_size: tuple[int, int]
 def kept_bytes(net: nn.Module, state: TrainState, image_size: tuple[int, int], batch_size: int) -> int:
     """Bytes of activations in float32 that a train step must keep from its forward pass for its gradient.
 
-    A trainable convolution or dense layer keeps its input. Behind a trainable layer, ReLU keeps a byte an element and
-    max pooling its input. A trainable BatchNorm keeps its input without the mean, and the slope of that squared, as
-    jaxft writes it: XLA may compute the second from the first again. What two of them keep is counted once.
+    A trainable convolution, dense layer or BatchNorm keeps its input. Behind a trainable layer, ReLU keeps a byte an
+    element and max pooling its input. What two of them keep is counted once.
     """
     kept: dict[Any, int] = {}
     behind = False
     for call in calls(net, state.variables(), jax.ShapeDtypeStruct((batch_size, *image_size, 3), jnp.float32)):
         trained = call.module is not None and state.labels[call.name] != masking.FROZEN
         behind = behind or trained
-        if trained and isinstance(call.module, nn.BatchNorm):
-            kept[call.name] = 2 * 4 * call.x.size
-        elif trained or (behind and call.name == "max_pool"):
+        if trained or (behind and call.name == "max_pool"):
             kept[id(call.x)] = 4 * call.x.size
         elif behind and call.name == "relu":
             kept["mask", id(call.out)] = call.out.size
@@ -133,3 +134,7 @@ def device_peak(dtype: Any) -> float:
         product(a, a).block_until_ready()
         seconds.append(time.perf_counter() - began)
     return 2 * n**3 / min(seconds)
+
+
+if __name__ == "__main__":
+    print(device_peak(jnp.dtype(sys.argv[1])))
