@@ -13,12 +13,15 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 LR, MOMENTUM = 1e-4, 0.9
 CHECKED_STEPS = 2  # whose losses every side must share: before an update, and after it
+TIMM = ("vgg16", "vgg19", "resnet50", "resnet101", "resnet152", "inception_v3", "inception_v4")
+TIMM += ("densenet121", "densenet169", "densenet201")  # nets that timm has under the same name
 
 Step = Callable[[], Any]
 """Runs one step, not waiting for it where the library does not, and returns its loss, which `float` waits for."""
@@ -69,9 +72,11 @@ def jaxft(job: Job, facts: dict[str, Any]) -> Step:
     )
     images, labels = (jax.device_put(x) for x in job.batch())
     batch = {"image": images, "label": labels}
-    facts["step_flops"] = flops.formula(net, state, job.image_size, job.batch_size)
-    facts["peak_flops"] = flops.device_peak(jnp.dtype(job.dtype))
     step = train.make_train_step(lambda _, images: images)
+    facts["step_flops"] = flops.formula(net, state, job.image_size, job.batch_size)
+    # On a CPU convolutions are loops over parts of the batch, of which XLA's count sees one.
+    on_cpu = facts["device"] == "cpu"
+    facts["lowered_flops"] = None if on_cpu else step.lower(state, batch).cost_analysis()["flops"]
 
     def run() -> Any:
         nonlocal state
@@ -125,16 +130,43 @@ def keras_step(job: Job, facts: dict[str, Any]) -> Step:
     return run
 
 
-def torch_step(job: Job, facts: dict[str, Any], compiled: bool) -> Step:
-    import torch
-
+def keras_graph(job: Job) -> Any:
+    """The net of the job in PyTorch: the graph of the Keras model, filled."""
     from benchmarks import torch_net
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    net = torch_net.Graph(keras_model(job)).to(device, memory_format=torch.channels_last).train()
+    net = torch_net.Graph(keras_model(job)).train()
     net.freeze(job.frozen)
+    return net
+
+
+def timm_net(job: Job) -> Any:
+    """timm's net of that name with random weights, all of it trained, or its classifier if anything is frozen.
+
+    Another function of nearly the same cost: a ResNet's strides sit on its 3×3 convolutions, whose work that adds to,
+    convolutions in front of BatchNorm have no bias, Inception-V3's BatchNorm has a scale.
+    """
+    import timm
+
+    from jaxft import nets
+
+    net = timm.create_model(job.net, num_classes=nets.spec(job.net).num_classes)
+    if job.frozen:
+        net.requires_grad_(False).eval()
+        net.get_classifier().requires_grad_(True)
+    return net
+
+
+def torch_step(job: Job, facts: dict[str, Any], make: Callable[[Job], Any], mode: str | None = None) -> Step:
+    """Eager, or with torch.compile in `mode`. On a GPU float32 is multiplied as TF32, which is JAX's default, too."""
+    import torch
+
+    device = torch.device("cpu" if facts["device"] == "cpu" else "cuda")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # cuDNN's convolutions take TF32 as they are
+        torch.backends.cudnn.benchmark = True
+    net = make(job).to(device, memory_format=torch.channels_last)
     trained = [p for p in net.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trained, LR, momentum=MOMENTUM, nesterov=True)
+    optimizer = torch.optim.SGD(trained, LR, momentum=MOMENTUM, nesterov=True, fused=device.type == "cuda")
     images, labels = (torch.from_numpy(x).to(device) for x in job.batch())
     images = images.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
     labels = labels.long()
@@ -142,11 +174,11 @@ def torch_step(job: Job, facts: dict[str, Any], compiled: bool) -> Step:
     def loss_of(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=job.dtype == "bfloat16"):
             heads = net(images)
-        return sum(torch.nn.functional.cross_entropy(head, labels) for head in heads)
+        heads = heads if isinstance(heads, list) else [heads]
+        return sum(torch.nn.functional.cross_entropy(head.float(), labels) for head in heads)
 
-    if compiled:
-        loss_of = torch.compile(loss_of)
-    torch.backends.cudnn.benchmark = True
+    if mode:
+        loss_of = torch.compile(loss_of, mode=mode)
 
     def run() -> Any:
         optimizer.zero_grad(set_to_none=True)
@@ -162,42 +194,55 @@ SIDES: dict[str, tuple[str, Callable[[Job, dict[str, Any]], Step]]] = {  # name 
     "jaxft": ("jax", jaxft),
     "keras-jax": ("jax", keras_step),
     "keras-tensorflow": ("tensorflow", keras_step),
-    "torch": ("torch", lambda job, facts: torch_step(job, facts, compiled=False)),
-    "torch-compile": ("torch", lambda job, facts: torch_step(job, facts, compiled=True)),
+    "torch": ("torch", partial(torch_step, make=keras_graph)),
+    "torch-compile": ("torch", partial(torch_step, make=keras_graph, mode="default")),
+    "torch-max-autotune": ("torch", partial(torch_step, make=keras_graph, mode="max-autotune")),  # minutes to compile
+    "timm": ("torch", partial(torch_step, make=timm_net)),
+    "timm-compile": ("torch", partial(torch_step, make=timm_net, mode="default")),
 }
 
 
-def device(backend: str) -> tuple[str, Callable[[], int]]:
-    """(what the library of `backend` runs on, its peak memory so far in bytes: of the GPU, else of the process)."""
+def device(backend: str) -> tuple[str, Callable[[], Any], Callable[[], int]]:
+    """What the library of `backend` runs on, and its peak memory: how to begin anew, and how to read it.
+
+    That is what this process had at once of the GPU's memory, in bytes, else of the machine's. JAX cannot begin anew,
+    so its peak is that of building and compiling where a step takes less.
+    """
+    if backend == "torch":
+        import torch
+
+        def allocated() -> int:
+            torch.cuda.empty_cache()  # the other sides want the memory; the peak stays
+            return torch.cuda.max_memory_allocated()
+
+        if torch.cuda.is_available():
+            return torch.cuda.get_device_name(), torch.cuda.reset_peak_memory_stats, allocated
+    elif backend == "tensorflow":
+        import tensorflow as tf
+
+        memory = tf.config.experimental
+        if gpus := tf.config.list_physical_devices("GPU"):
+            name = memory.get_device_details(gpus[0]).get("device_name", "GPU")
+            return name, partial(memory.reset_memory_stats, "GPU:0"), lambda: memory.get_memory_info("GPU:0")["peak"]
+    else:
+        import jax
+
+        first = jax.devices()[0]
+        if first.platform != "cpu":
+            return first.device_kind, lambda: None, lambda: first.memory_stats()["peak_bytes_in_use"]
 
     def resident() -> int:
         lines = pathlib.Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
-    if backend == "torch":
-        import torch
-
-        if torch.cuda.is_available():
-            return torch.cuda.get_device_name(), torch.cuda.max_memory_allocated
-    elif backend == "tensorflow":
-        import tensorflow as tf
-
-        if tf.config.list_physical_devices("GPU"):
-            return "gpu", lambda: tf.config.experimental.get_memory_info("GPU:0")["peak"]
-    else:
-        import jax
-
-        if jax.default_backend() != "cpu":
-            return jax.devices()[0].device_kind, lambda: jax.devices()[0].memory_stats()["peak_bytes_in_use"]
-    return "cpu", resident
+    return "cpu", lambda: pathlib.Path("/proc/self/clear_refs").write_text("5"), resident
 
 
-def versions(backend: str) -> str:
+def versions(side: str, backend: str) -> str:
     from importlib import metadata
 
-    names = {"torch": ["torch"], "tensorflow": ["tensorflow", "tensorflow-cpu", "keras"], "jax": ["jax", "keras"]}[
-        backend
-    ]
+    names = {"torch": ["torch"], "tensorflow": ["tensorflow", "tensorflow-cpu"], "jax": ["jax", "flax"]}[backend]
+    names += [library for library in ("keras", "timm") if side.startswith(library)]
     found = {name: metadata.version(name) for name in names if any(metadata.distributions(name=name))}
     return ", ".join(f"{name} {version}" for name, version in found.items())
 
@@ -215,18 +260,20 @@ def main() -> None:
     os.dup2(2, 1)  # what libraries print is not an answer
     raw = json.loads(input())
     job = Job(**{name: tuple(value) if isinstance(value, list) else value for name, value in raw.items()})
-    kind, peak = device(backend)
-    facts: dict[str, Any] = {"device": kind, "backend": backend, "versions": versions(backend)}
+    kind, forget_peak, peak = device(backend)
+    facts: dict[str, Any] = {"device": kind, "backend": backend, "versions": versions(side, backend)}
     step = make(job, facts)
     began = time.perf_counter()
     losses = [float(step())]
     first = time.perf_counter() - began
     began = time.perf_counter()
     losses += [float(step()) for _ in range(CHECKED_STEPS - 1)]
-    facts["compile_s"] = first - (time.perf_counter() - began) / (CHECKED_STEPS - 1)
-    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak of resident memory begins anew, behind the build
+    facts["compile_s"] = max(0.0, first - (time.perf_counter() - began) / (CHECKED_STEPS - 1))
+    forget_peak()  # of the build
     print(json.dumps(facts | {"losses": losses}), file=answers, flush=True)
     for line in sys.stdin:
+        if kind != "cpu":
+            float(step())  # the memory and the clocks that another side had
         began = time.perf_counter()
         for _ in range(int(line)):
             loss = step()

@@ -24,9 +24,12 @@ class Graph(nn.Module):
         self.layers = nn.ModuleDict()
         for layer in model.layers[1:]:
             node = layer._inbound_nodes[0]
+            inputs = [produced[id(x)] for x in node.arguments.keras_tensors]
             self.layers[layer.name] = convert(layer)
+            if inputs[0] in self.layers and absorbs(self.layers[layer.name], self.layers[inputs[0]]):
+                self.layers[inputs[0]] = nn.Identity()
             produced[id(node.outputs[0])] = layer.name
-            self.steps.append((layer.name, [produced[id(x)] for x in node.arguments.keras_tensors]))
+            self.steps.append((layer.name, inputs))
         self.results = [produced[id(x)] for x in model.outputs]
 
     def freeze(self, names: Collection[str]) -> None:
@@ -128,6 +131,21 @@ def _pool(layer: Any, kind: type[nn.Module], value: float) -> nn.Module:
     if kind is nn.AvgPool2d:  # Keras leaves the padding out of the mean; all "same" ones of the zoo are 3×3 at stride 1
         return nn.AvgPool2d(size, strides, size[0] // 2, count_include_pad=False)
     return _Same(kind(size, strides), size, strides, value)
+
+
+def absorbs(module: nn.Module, before: nn.Module) -> bool:
+    """Lets a convolution or max pooling pad for itself what the layer of zeros before it pads, if it does.
+
+    A max pooling pads -∞: in the zoo all of these are behind a ReLU, where that is the same.
+    """
+    inner = module[0] if isinstance(module, nn.Sequential) else module
+    if not isinstance(before, nn.ZeroPad2d) or not isinstance(inner, nn.Conv2d | nn.MaxPool2d):
+        return False
+    left, right, top, bottom = before.padding
+    if inner.padding not in (0, (0, 0)) or left != right or top != bottom:
+        return False
+    inner.padding = (top, left)
+    return True
 
 
 def convert(layer: Any) -> nn.Module:

@@ -1,15 +1,25 @@
 """How fast a train step is, beside PyTorch and Keras, in one run.
 
     python -m benchmarks.train --net vgg16 --freeze first:10 --peers torch keras-tensorflow
+    python -m benchmarks.train --net vgg16 resnet50 --freeze none all-but-head --dtype bfloat16 --batch-size 256 \\
+        --steps 30 --peers torch torch-compile timm-compile    # on a GPU
 
 Every side is a process that builds the same net from the same weights, freezes the same layers and takes the same
 batch; their first losses must agree. Then they run in turn, round after round, while the others wait. The rows go to
 docs/speed.csv, with hardware and versions, and docs/speed.png is drawn from it. Peers: `pip install -e '.[peers]'`.
+
+timm's nets of the same names are another function of nearly the same cost, from random weights: their losses are not
+compared, and their rows have no share of peak. The others multiply float32 on a GPU as TF32. `step_gflop` counts
+convolutions and dense layers by formula, `lowered_gflop` all operations of jaxft's program before XLA optimises it.
+XLA_FLAGS are passed on; by default none is set, as XLA's own choice for one GPU has autotuning and CUDA graphs on.
 """
 
+import contextlib
 import csv
 import dataclasses
 import datetime
+import importlib.util
+import itertools
 import json
 import os
 import pathlib
@@ -20,6 +30,7 @@ import sys
 import tempfile
 from typing import Any
 
+import jax
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
@@ -31,18 +42,20 @@ from jaxft import masking, nets
 from jaxft.progress import bar
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}  # of the first losses, relative
+TOLERANCE_TF32 = 1e-2  # of float32 on a GPU
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """Time train steps of jaxft and its peers, interleaved."""
 
-    net: str = "vgg16"
-    """A net of the zoo."""
-    freeze: str = "none"
-    """As in the experiments."""
+    net: tuple[str, ...] = ("vgg16",)
+    """Nets of the zoo."""
+    freeze: tuple[str, ...] = ("none",)
+    """What is frozen, as in the experiments; every net is run with each."""
     peers: tuple[str, ...] = ("torch", "keras-jax", "keras-tensorflow")
-    """Of torch, torch-compile, keras-jax and keras-tensorflow."""
+    """Of torch, torch-compile, torch-max-autotune, timm, timm-compile, keras-jax and keras-tensorflow. timm's run where
+    timm has the net and nothing but the classifier is trained, or everything is."""
     batch_size: int = 16
     """Images a step."""
     image_size: int | None = None
@@ -57,11 +70,16 @@ class Settings:
     """Where the rows are appended; the plot lies beside it."""
 
 
+class Failed(Exception):
+    """A side ended, or computes something else."""
+
+
 class Side:
     """A process of `benchmarks.peers`; facts are what it told of itself."""
 
     def __init__(self, name: str, job: peers.Job):
         command = [sys.executable, "-m", "benchmarks.peers", name]
+        self.name = name
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.facts = self.ask(json.dumps(dataclasses.asdict(job)))
         self.seconds: list[float] = []
@@ -73,7 +91,7 @@ class Side:
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
         if not answer:
-            raise SystemExit(f"{' '.join(map(str, self.process.args))} ended with status {self.process.wait()}")  # type: ignore[arg-type]
+            raise Failed(f"{self.name} ended with status {self.process.wait()}; its own message is above")
         return json.loads(answer)
 
     def run(self, steps: int) -> None:
@@ -96,51 +114,62 @@ def hardware(kind: str) -> str:
     return f"{model}, {len(os.sched_getaffinity(0))} cores"
 
 
-def measure(settings: Settings) -> list[dict[str, Any]]:
-    """One row a side.
+def takes_part(peer: str, net: str, freeze: str) -> bool:
+    """timm's layers have other names, so only all of them or all but the classifier can be frozen alike."""
+    return not peer.startswith("timm") or (net in peers.TIMM and freeze in ("none", "all-but-head"))
+
+
+def measure(settings: Settings, name: str, freeze: str) -> list[dict[str, Any]]:
+    """One row a side, of the net called `name` with `freeze`.
 
     Raises:
-        SystemExit: a side failed, or the sides do not compute the same losses.
+        Failed: a side failed, or the sides do not compute the same losses.
     """
-    row = nets.spec(settings.net)
-    size = (settings.image_size,) * 2 if settings.image_size else row.native_size
-    net = nets.create(settings.net, row.num_classes)
-    weighted = nets.init(net, size, 0)["params"]
-    frozen = masking.frozen_layers(net, settings.freeze, weighted)
-    del weighted
+    row = nets.spec(name)
+    size = (settings.image_size, settings.image_size) if settings.image_size else row.native_size
+    net = nets.create(name, row.num_classes)
+    frozen = masking.frozen_layers(net, freeze, nets.init(net, size, 0)["params"])
+    peak_command = [sys.executable, "-m", "benchmarks.flops", settings.dtype]
+    peak_flops = float(subprocess.run(peak_command, check=True, stdout=subprocess.PIPE, text=True).stdout)
     sides: dict[str, Side] = {}
-    with tempfile.TemporaryDirectory() as folder, bar("sides", settings.rounds, unit="rounds") as advance:
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        advance = stack.enter_context(bar(f"{name} {freeze}", settings.rounds, unit="rounds"))
         file = pathlib.Path(folder) / "net.weights.h5"
-        parity.reference(settings.net, size, classifier=True).save_weights(file)
-        job = peers.Job(settings.net, str(file), tuple(sorted(frozen)), size, settings.batch_size, settings.dtype)
-        for name in ("jaxft", *settings.peers):
-            advance(0, f"building {name}")
-            sides[name] = Side(name, job)
-        ours = np.array(sides["jaxft"].facts["losses"])
-        for name, side in sides.items():
-            if not np.allclose(side.facts["losses"], ours, rtol=TOLERANCE[settings.dtype], atol=0):
-                raise SystemExit(f"{name} computes other losses, {side.facts['losses']}, than jaxft, {ours.tolist()}")
+        parity.reference(name, size, classifier=True).save_weights(file)
+        job = peers.Job(name, str(file), tuple(sorted(frozen)), size, settings.batch_size, settings.dtype)
+        for side in ("jaxft", *(peer for peer in settings.peers if takes_part(peer, name, freeze))):
+            advance(0, f"building {side}")
+            sides[side] = Side(side, job)
+            stack.callback(sides[side].close)
+        ours = sides["jaxft"].facts
+        on_gpu = ours["device"] != "cpu"
+        tolerance = TOLERANCE_TF32 if on_gpu and settings.dtype == "float32" else TOLERANCE[settings.dtype]
+        for side in sides.values():
+            if (side.facts["device"] != "cpu") != on_gpu:
+                raise Failed(f"{side.name} runs on {side.facts['device']}, jaxft on {ours['device']}")
+            same = np.allclose(side.facts["losses"], ours["losses"], rtol=tolerance, atol=0)
+            if not same and not side.name.startswith("timm"):
+                raise Failed(f"{side.name} computes other losses, {side.facts['losses']}, than jaxft, {ours['losses']}")
         for number in range(settings.rounds):
             order = list(sides)[number % len(sides) :] + list(sides)[: number % len(sides)]
-            for name in order:
-                sides[name].run(settings.steps)
+            for side in order:
+                sides[side].run(settings.steps)
             advance(1)
-    for side in sides.values():
-        side.close()
-    facts = sides["jaxft"].facts
     rows = []
-    for name, side in sides.items():
+    for side in sides.values():
         median = statistics.median(side.seconds)
+        ours_alone = side.name == "jaxft" and on_gpu
         rows.append(
             {
                 "date": datetime.date.today().isoformat(),
-                "hardware": hardware(side.facts["device"]),
-                "net": settings.net,
-                "freeze": settings.freeze,
+                "hardware": hardware(ours["device"]),
+                "net": name,
+                "freeze": freeze,
                 "batch": settings.batch_size,
                 "size": "×".join(map(str, size)),
                 "dtype": settings.dtype,
-                "side": name,
+                "side": side.name,
                 "images_per_second": round(settings.batch_size / median, 2),
                 "seconds_per_step": f"{median:.4g}",
                 "fastest": f"{min(side.seconds):.4g}",
@@ -149,13 +178,28 @@ def measure(settings: Settings) -> list[dict[str, Any]]:
                 "steps": settings.steps,
                 "peak_mb": round(side.peak_bytes / 1e6),
                 "compile_s": round(side.facts["compile_s"], 1),
-                "step_gflop": round(facts["step_flops"] / 1e9, 1),
-                "peak_gflops": round(facts["peak_flops"] / 1e9),
-                "share_of_peak": round(facts["step_flops"] / median / facts["peak_flops"], 3),
+                "step_gflop": round(ours["step_flops"] / 1e9, 1),
+                "lowered_gflop": round(ours["lowered_flops"] / 1e9, 1) if ours_alone else "",
+                "peak_gflops": round(peak_flops / 1e9),
+                "share_of_peak": ""
+                if side.name.startswith("timm")
+                else round(ours["step_flops"] / median / peak_flops, 3),
                 "versions": side.facts["versions"],
             }
         )
     return rows
+
+
+def append(table: pathlib.Path, rows: list[dict[str, Any]]) -> None:
+    """Writes the table with `rows` at its end; older rows are blank in columns that came later."""
+    if table.exists():
+        with table.open(newline="") as file:
+            rows = [*csv.DictReader(file), *rows]
+    table.parent.mkdir(exist_ok=True)
+    with table.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[-1], restval="")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def draw(table: pathlib.Path) -> None:
@@ -166,17 +210,18 @@ def draw(table: pathlib.Path) -> None:
             case = f"{row['net']} {row['dtype']}\n{row['freeze']}, batch {row['batch']}"
             newest.setdefault(row["hardware"], {}).setdefault(case, {})[row["side"]] = float(row["images_per_second"])
     names = list(peers.SIDES)
-    height = sum(0.6 + 0.24 * sum(map(len, cases.values())) for cases in newest.values())
-    figure = Figure(figsize=(8, 1 + height), layout="constrained")
-    panels = figure.subplots(len(newest), 1, squeeze=False)[:, 0]
+    heights = [0.6 + sum(0.17 * len(sides) + 0.12 for sides in cases.values()) for cases in newest.values()]
+    figure = Figure(figsize=(8, sum(heights)), layout="constrained")
+    panels = figure.subplots(len(newest), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axes, (machine, cases) in zip(panels, newest.items(), strict=True):
         y, ticks = 0.0, []
         for sides in cases.values():
             first = y
             for side in sorted(sides, key=names.index):
                 axes.barh(y, sides[side], 0.9, color=f"C{names.index(side)}")
+                note = " (another function)" if side.startswith("timm") else ""
                 axes.annotate(
-                    f"{side}  {sides[side]:.4g}",
+                    f"{side}  {sides[side]:.4g}{note}",
                     (sides[side], y),
                     (3, 0),
                     textcoords="offset points",
@@ -189,36 +234,42 @@ def draw(table: pathlib.Path) -> None:
         axes.set_yticks(ticks, list(cases), fontsize=8)
         axes.invert_yaxis()
         axes.set(title=machine, xlabel="images a second (more is better)")
-        axes.margins(x=0.25)
+        axes.margins(x=0.55, y=0.01)
     figure.savefig(table.with_suffix(".png"), dpi=110)
 
 
-def main(settings: Settings) -> None:
-    rows = measure(settings)
-    settings.table.parent.mkdir(exist_ok=True)
-    fresh = not settings.table.exists()
-    with settings.table.open("a", newline="") as file:
-        table = csv.DictWriter(file, rows[0])
-        if fresh:
-            table.writeheader()
-        table.writerows(rows)
-    draw(settings.table)
-    shown = Table(title=f"{settings.net}, {settings.freeze} frozen, {rows[0]['hardware']}")
-    columns = (
-        "side",
-        "images_per_second",
-        "seconds_per_step",
-        "fastest",
-        "slowest",
-        "peak_mb",
-        "compile_s",
-        "share_of_peak",
-    )
+def show(rows: list[dict[str, Any]]) -> None:
+    shown = Table(title=f"{rows[0]['net']}, {rows[0]['freeze']} frozen, {rows[0]['dtype']}, {rows[0]['hardware']}")
+    columns = ["side", "images_per_second", "seconds_per_step", "fastest", "slowest"]
+    columns += ["peak_mb", "compile_s", "share_of_peak"]
     for column in columns:
         shown.add_column(column.replace("_", " "), justify="left" if column == "side" else "right")
     for row in rows:
         shown.add_row(*(str(row[column]) for column in columns))
     Console().print(shown)
+
+
+def main(settings: Settings) -> None:
+    for peer in settings.peers:
+        library = "timm" if peer.startswith("timm") else peers.SIDES[peer][0] if peer in peers.SIDES else None
+        if library is None or peer == "jaxft":
+            raise SystemExit(f"no peer is called {peer!r}; there are {', '.join(list(peers.SIDES)[1:])}")
+        if not importlib.util.find_spec(library):
+            raise SystemExit(f"{peer} needs {library}: pip install {library}, or leave it out of --peers")
+    jax.config.update("jax_platforms", "cpu")  # of this process alone: the device is for the sides
+    failed = []
+    for name, freeze in itertools.product(settings.net, settings.freeze):
+        try:
+            rows = measure(settings, name, freeze)
+        except (Failed, ValueError) as error:  # one net has no such stage, say, or does not fit; the others go on
+            failed.append(f"{name} {freeze}: {error}")
+            print(failed[-1], file=sys.stderr)
+            continue
+        append(settings.table, rows)
+        draw(settings.table)
+        show(rows)
+    if failed:
+        raise SystemExit("\n".join(["not measured:", *failed]))
 
 
 if __name__ == "__main__":
