@@ -1,6 +1,10 @@
 """The experiments that no other test runs, on a few drawn images; `test_resume.py` and `test_cifar10.py` run theirs."""
 
 import json
+import os
+import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -45,3 +49,27 @@ def test_images_below_the_smallest_size_of_the_net(run):
     """Bug: the run fails in the middle of a compilation."""
     with pytest.raises(ValueError, match="at least 75×75 pixels, not 32×32"):
         run("--net", "inception_v3_v02")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks glibc for large pages")
+@pytest.mark.parametrize(
+    "already, starts",
+    [({}, ["", "glibc.malloc.hugetlb=1"]), ({"GLIBC_TUNABLES": "glibc.malloc.check=0"}, ["glibc.malloc.check=0"])],
+    ids=["by default", "unless the user has asked for something"],
+)
+def test_a_command_starts_again_once_to_ask_for_large_pages(tmp_path, already, starts):
+    """Bug: the command starts itself forever or never, loses an argument, or overrides the user's own setting."""
+    log = tmp_path / "starts"
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import os\nprint(os.environ.get('GLIBC_TUNABLES', ''), file=open({str(log)!r}, 'a'))\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    done = subprocess.run(
+        [sys.executable, "-u", "-m", "experiments.cifar10", "--help"],
+        env=environment | already | {"PYTHONPATH": str(tmp_path)},
+        cwd=pathlib.Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and "usage: " in done.stdout
+    assert log.read_text().splitlines() == starts

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from jaxft.nets import cpu_conv
+from jaxft.nets.cpu_conv import convolve
 
 Stage = tuple[str, Callable[[jax.Array], jax.Array]]
 Padding = str | Sequence[tuple[int, int]]
@@ -101,6 +101,38 @@ def check_size(net: str, images: jax.Array, smallest: int) -> None:
         raise ValueError(f"{net} needs images of at least {smallest}×{smallest} pixels, not {height}×{width}")
 
 
+class Conv(nn.Module):
+    """A convolution with Keras's initializer.
+
+    Attributes:
+        features, kernel_size, strides, padding: as of `flax.linen.Conv`, with one stride for both axes.
+        use_bias: whether there is a bias.
+        relu: whether a ReLU follows.
+        apart: the bias is not added; the result is (output, bias), for a BatchNorm that takes it as `shift`.
+        dtype: of the computation; parameters are float32.
+    """
+
+    features: int
+    kernel_size: tuple[int, int]
+    strides: int = 1
+    padding: Padding = "SAME"
+    use_bias: bool = True
+    relu: bool = False
+    apart: bool = False
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> Any:
+        kernel_shape = (*self.kernel_size, x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.glorot_uniform(), kernel_shape)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        options = {"strides": self.strides, "padding": self.padding}
+        if self.apart:
+            return convolve(x, kernel, **options), bias
+        return convolve(x, kernel, bias, relu=self.relu, **options)
+
+
 def conv(
     x: jax.Array,
     name: str,
@@ -110,20 +142,11 @@ def conv(
     strides: int = 1,
     padding: Padding = "SAME",
     bias: bool = True,
+    relu: bool = False,
     dtype: DTypeLike,
 ) -> jax.Array:
-    """A convolution with Keras's initializer; to be called inside a compact module."""
-    return nn.Conv(
-        width,
-        kernel,
-        (strides, strides),
-        padding=padding,
-        use_bias=bias,
-        kernel_init=nn.initializers.glorot_uniform(),
-        dtype=dtype,
-        conv_general_dilated=cpu_conv.conv_general_dilated,
-        name=name,
-    )(x)
+    """A convolution and what follows it at once; to be called inside a compact module."""
+    return Conv(width, kernel, strides, padding, bias, relu, dtype=dtype, name=name)(x)
 
 
 class BatchNorm(nn.Module):
@@ -143,16 +166,23 @@ class BatchNorm(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, shift: jax.Array | None = None) -> jax.Array:
+        """Of x + shift, where shift [C] is the bias of a convolution that has not been added yet.
+
+        The mean of a batch takes it out again, so that in training its gradient is zero and no more than the running
+        mean depends on it.
+        """
         shape = x.shape[-1:]
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
         running_var = self.variable("batch_stats", "var", jnp.ones, shape)
         scale = self.param("scale", nn.initializers.ones, shape) if self.use_scale else jnp.ones(shape)
         bias = self.param("bias", nn.initializers.zeros, shape)
         if self.inference:
+            x = x if shift is None else x + shift
             y = (x - running_mean.value) * (lax.rsqrt(running_var.value + self.epsilon) * scale) + bias
             return y.astype(self.dtype)
         y, mean, var = normalise(x, scale, bias, self.epsilon)
+        mean = mean if shift is None else mean + lax.stop_gradient(shift)
         if not self.is_initializing():
             for running, batch in ((running_mean, mean), (running_var, var)):
                 running.value = self.momentum * running.value + (1 - self.momentum) * batch
@@ -203,10 +233,11 @@ def batch_norm(
     epsilon: float,
     momentum: float = 0.99,
     scale: bool = True,
+    shift: jax.Array | None = None,
     dtype: DTypeLike,
 ) -> jax.Array:
     """A BatchNorm, in inference mode where its name is frozen; to be called inside a compact module."""
-    return BatchNorm(not train or name in frozen, momentum, epsilon, scale, dtype, name=name)(x)
+    return BatchNorm(not train or name in frozen, momentum, epsilon, scale, dtype, name=name)(x, shift)
 
 
 class Scale(nn.Module):

@@ -6,6 +6,7 @@ processor's speed or less, and 1×1 convolutions at half of it. Here
 - 1×1 convolutions and their gradients are one matrix product,
 - 3×3 ones at stride 1 on larger maps, and their gradients, are Winograd's minimal filtering over 2×2 tiles,
   F(2×2, 3×3): 16 matrix products with 4/9 of the multiplications,
+- others at a stride are a product with the pixels under each window laid side by side,
 - the gradient of any other kernel is a product for each of its taps.
 
 All stay within float32 rounding of the direct sum: the kernels' gradients are nearer to it than XLA's.
@@ -18,6 +19,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -81,8 +83,10 @@ def _flat(plane: jax.Array) -> jax.Array:
     return plane.reshape(-1, plane.shape[-1])
 
 
-def winograd_output(x: jax.Array, kernel: jax.Array, pads: Pads) -> jax.Array:
-    """x [B, H, W, C] ∗ kernel [3, 3, C, D] at stride 1: [B, H', W', D]."""
+def winograd_output(
+    x: jax.Array, kernel: jax.Array, pads: Pads, finish: Callable[[jax.Array], jax.Array] = lambda y: y
+) -> jax.Array:
+    """x [B, H, W, C] ∗ kernel [3, 3, C, D] at stride 1: [B, H', W', D], through `finish`, which sees it by chunks."""
     height, width = (side + sum(pad) - 2 for side, pad in zip(x.shape[1:3], pads, strict=True))
     filters = _both_axes(_of_kernel, [[kernel[i, j] for j in range(3)] for i in range(3)])
 
@@ -90,7 +94,7 @@ def winograd_output(x: jax.Array, kernel: jax.Array, pads: Pads) -> jax.Array:
         planes = _both_axes(_of_input, _tiles(x, pads))
         products = [[planes[i][j] @ filters[i][j] for j in range(4)] for i in range(4)]
         y = jnp.stack([jnp.stack(row, 3) for row in _both_axes(_to_output, products)], 2)  # [B, down, 2, across, 2, D]
-        return y.reshape(len(x), 2 * y.shape[1], 2 * y.shape[3], -1)[:, :height, :width]
+        return finish(y.reshape(len(x), 2 * y.shape[1], 2 * y.shape[3], -1)[:, :height, :width])
 
     return lax.map(chunk, _chunks(x)).reshape(len(x), height, width, -1)
 
@@ -112,21 +116,40 @@ def winograd_kernel_gradient(x: jax.Array, dy: jax.Array, pads: Pads) -> jax.Arr
     return jnp.stack([jnp.stack(row) for row in rows])
 
 
+def windows(
+    x: jax.Array, size: tuple[int, int], strides: tuple[int, int], pads: Pads, fill: float = 0.0
+) -> list[jax.Array]:
+    """For each place in a window, in the order of rows, the pixels that lie there: [B, H', W', C]."""
+    x = lax.pad(x, jnp.array(fill, x.dtype), ((0, 0, 0), *((*pad, 0) for pad in pads), (0, 0, 0)))
+    rows, columns = (
+        [slice(i, i + (side - k) // stride * stride + 1, stride) for i in range(k)]
+        for side, k, stride in zip(x.shape[1:3], size, strides, strict=True)
+    )
+    return [x[:, row, column] for row in rows for column in columns]
+
+
 def tap_kernel_gradient(x: jax.Array, dy: jax.Array, size: tuple[int, int], stride: int, pads: Pads) -> jax.Array:
     """The gradient [*size, C, D] of any kernel: for each tap, a product over the pixels that it meets."""
 
     def taps(x: jax.Array, dy: jax.Array) -> jax.Array:
-        x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
-        rows, columns = (
-            [slice(i, i + (n - 1) * stride + 1, stride) for i in range(k)]
-            for n, k in zip(dy.shape[1:3], size, strict=True)
-        )
-        return jnp.stack([jnp.stack([_flat(x[:, r, c]).T @ _flat(dy) for c in columns]) for r in rows])
+        products = [_flat(pixels).T @ _flat(dy) for pixels in windows(x, size, (stride, stride), pads)]
+        return jnp.stack(products).reshape(*size, x.shape[3], dy.shape[3])
 
     if size == (1, 1):
         return taps(x, dy)
     zero = jnp.zeros((*size, x.shape[3], dy.shape[3]), x.dtype)
     return lax.scan(lambda total, chunk: (total + taps(*chunk), None), zero, (_chunks(x, dy), _chunks(dy)))[0]
+
+
+def patch_output(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads) -> jax.Array:
+    """x [B, H, W, C] ∗ kernel [h, w, C, D]: a product of the kernel and the pixels of each window, side by side."""
+
+    def chunk(x: jax.Array) -> jax.Array:
+        patches = jnp.concatenate(windows(x, kernel.shape[:2], (stride, stride), pads), -1)
+        return patches @ kernel.reshape(-1, kernel.shape[3])
+
+    y = lax.map(chunk, _chunks(x))
+    return y.reshape(len(x), *y.shape[2:])
 
 
 def product(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
@@ -148,60 +171,69 @@ def _wins(x: jax.Array, kernel: jax.Array, stride: int) -> bool:
     return kernel.shape[:2] == (3, 3) and stride == 1 and wide and large
 
 
-def conv_general_dilated(
-    x: jax.Array, kernel: jax.Array, strides: Sequence[int], padding: str | Sequence[tuple[int, int]], **options: Any
+def convolve(
+    x: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array | None = None,
+    *,
+    relu: bool = False,
+    strides: int = 1,
+    padding: str | Sequence[tuple[int, int]] = "SAME",
 ) -> jax.Array:
-    """As `jax.lax.conv_general_dilated`, for the `conv_general_dilated` field of `flax.linen.Conv`.
+    """x [B, H, W, C] ∗ kernel [h, w, C, D], plus bias [D], through a ReLU: [B, H', W', D].
 
-    XLA's own where the default backend is no CPU, and for all but plain float32 convolutions with one stride.
+    XLA's own convolution where the default backend is no CPU, in other precisions than float32, and of little work.
     """
-    direct = partial(lax.conv_general_dilated, window_strides=strides, padding=padding, **options)
-    if jax.default_backend() != "cpu" or x.dtype != jnp.float32 or len(set(strides)) > 1:
-        return direct(x, kernel)
-    if options.get("feature_group_count", 1) != 1:
-        return direct(x, kernel)
-    if any(set(options.get(name) or (1,)) != {1} for name in ("lhs_dilation", "rhs_dilation")):
-        return direct(x, kernel)
     if isinstance(padding, str):
-        padding = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
-    (above, below), (left, right) = ((int(low), int(high)) for low, high in padding)
-    padded = above or below or left or right
-    if min(above, below, left, right) < 0 or (padded and kernel.shape[:2] == (1, 1)):
-        return direct(x, kernel)
-    if x.size // strides[0] ** 2 * math.prod(kernel.shape[:2]) * kernel.shape[3] < MIN_MACS:
-        return direct(x, kernel)
-    return _conv(x, kernel, strides[0], ((above, below), (left, right)))
+        padding = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], (strides, strides), padding)
+    (above, below), (left, right) = pads = tuple((int(low), int(high)) for low, high in padding)
+    macs = x.size // strides**2 * math.prod(kernel.shape[:2]) * kernel.shape[3]
+    padded_product = kernel.shape[:2] == (1, 1) and any((above, below, left, right))
+    if jax.default_backend() != "cpu" or x.dtype != jnp.float32 or macs < MIN_MACS or padded_product:
+        return _finish(_direct(x, kernel, strides, pads), bias, relu)
+    return _conv(x, kernel, bias, relu, strides, pads)
+
+
+def _finish(y: jax.Array, bias: jax.Array | None, relu: bool) -> jax.Array:
+    y = y if bias is None else y + bias
+    return nn.relu(y) if relu else y
 
 
 def _direct(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads) -> jax.Array:
     return lax.conv_general_dilated(x, kernel, (stride, stride), pads, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _conv(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads) -> jax.Array:
-    if kernel.shape[:2] == (1, 1):
-        return product(x, kernel, stride)
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _conv(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, relu: bool, stride: int, pads: Pads) -> jax.Array:
+    finish = partial(_finish, bias=bias, relu=relu)
     if _wins(x, kernel, stride):
-        return winograd_output(x, kernel, pads)
-    return _direct(x, kernel, stride, pads)
+        return winograd_output(x, kernel, pads, finish)
+    if kernel.shape[:2] == (1, 1):
+        return finish(product(x, kernel, stride))
+    if stride > 1 and kernel.shape[2] >= MIN_CHANNELS:
+        return finish(patch_output(x, kernel, stride, pads))
+    return finish(_direct(x, kernel, stride, pads))
 
 
-def _forward(x, kernel, stride, pads):
-    return _conv(x, kernel, stride, pads), (x, kernel)
+def _forward(x, kernel, bias, relu, stride, pads):
+    y = _conv(x, kernel, bias, relu, stride, pads)
+    return y, (x, kernel, bias is not None, y if relu else None)
 
 
-def _backward(stride, pads, saved, dy):
-    x, kernel = saved
+def _backward(relu, stride, pads, saved, dy):
+    x, kernel, biased, y = saved
+    dy = jnp.where(y > 0, dy, 0) if relu else dy
+    of_bias = dy.sum((0, 1, 2)) if biased else None
     if kernel.shape[:2] == (1, 1):
         of_x = product_input_gradient(dy, kernel, stride, *x.shape[1:3])
     elif _wins(x, kernel, stride):
         (above, below), (left, right) = pads
         turned = kernel[::-1, ::-1].swapaxes(2, 3)
         of_x = winograd_output(dy, turned, ((2 - above, 2 - below), (2 - left, 2 - right)))
-        return of_x, winograd_kernel_gradient(x, dy, pads)
+        return of_x, winograd_kernel_gradient(x, dy, pads), of_bias
     else:
         of_x = jax.linear_transpose(lambda x: _direct(x, kernel, stride, pads), x)(dy)[0]
-    return of_x, tap_kernel_gradient(x, dy, kernel.shape[:2], stride, pads)
+    return of_x, tap_kernel_gradient(x, dy, kernel.shape[:2], stride, pads), of_bias
 
 
 _conv.defvjp(_forward, _backward)

@@ -1,8 +1,8 @@
 """Max pooling whose gradient is cheap on a CPU. Other platforms get XLA's own.
 
-XLA's CPU backend looks for the largest pixel of each window again when it takes the gradient, with four arrays of
-indices as large as the images. Here the forward pass notes in one byte where in its window that pixel lies: the first
-one in the order of rows, as XLA does. Outputs are the same bits, and gradients too where windows do not overlap.
+For the gradient, XLA's CPU backend looks for the largest pixel of each window again, with four arrays of indices as
+large as the images. Here the forward pass notes in one byte where in its window that pixel lies: the first one in the
+order of rows, as XLA does. Outputs are the same bits, and gradients too where windows do not overlap.
 """
 
 import functools
@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
+from jaxft.nets.cpu_conv import windows
 
 Pair = tuple[int, int]
 NOWHERE = 255  # the place of no pixel
@@ -32,18 +34,11 @@ def max_pool(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _pool(x: jax.Array, window: Pair, strides: Pair, pads: tuple[Pair, Pair]) -> jax.Array:
-    return nn.max_pool(x, window, strides, pads)
+    return functools.reduce(jnp.maximum, windows(x, window, strides, pads, -jnp.inf))
 
 
 def _forward(x, window, strides, pads):
-    padded = lax.pad(x, jnp.array(-jnp.inf, x.dtype), ((0, 0, 0), *((*pad, 0) for pad in pads), (0, 0, 0)))
-    outputs = [(side - k) // s + 1 for side, k, s in zip(padded.shape[1:3], window, strides, strict=True)]
-    pixels = []  # by place in the window, [B, H', W', C]
-    for i in range(window[0]):
-        rows = slice(i, i + (outputs[0] - 1) * strides[0] + 1, strides[0])
-        for j in range(window[1]):
-            columns = slice(j, j + (outputs[1] - 1) * strides[1] + 1, strides[1])
-            pixels.append(padded[:, rows, columns])
+    pixels = windows(x, window, strides, pads, -jnp.inf)
     y = functools.reduce(jnp.maximum, pixels)
     place = jnp.full(y.shape, NOWHERE, jnp.uint8)
     for number, pixel in reversed(list(enumerate(pixels))):

@@ -136,7 +136,7 @@ class GoogLeNet(nn.Module):
     def _relu_conv(
         self, x: jax.Array, name: str, width: int, size: int, strides: int = 1, padding: Padding = "SAME"
     ) -> jax.Array:
-        return nn.relu(conv(x, name, width, (size, size), strides=strides, padding=padding, dtype=self.dtype))
+        return conv(x, name, width, (size, size), strides=strides, padding=padding, relu=True, dtype=self.dtype)
 
     def _conv1(self, x: jax.Array) -> jax.Array:
         # "SAME" would pad (2, 3).

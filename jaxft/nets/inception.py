@@ -252,10 +252,11 @@ class Inception(nn.Module):
             strides=part.strides,
             padding=part.padding,
             bias=self.relu_first,
+            relu=self.relu_first,
             dtype=self.dtype,
         )
         x = batch_norm(
-            nn.relu(x) if self.relu_first else x,
+            x,
             f"batch_normalization_{part.number}",
             train=train,
             frozen=self.frozen,

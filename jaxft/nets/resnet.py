@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxft.nets.common import Scale, Spec, Stage, batch_norm, check_size, classify, conv, fold, published
+from jaxft.nets.common import Conv, Scale, Spec, Stage, batch_norm, check_size, classify, fold, published
 from jaxft.nets.cpu_pool import max_pool
 
 WIDTHS = (64, 128, 256, 512)  # of the 3×3 convolutions of stages 2 to 5; blocks end four times as wide
@@ -149,8 +149,9 @@ class ResNet(nn.Module):
     def _conv_bn(self, x, block, branch, width, size, train, strides=1, padding="SAME") -> jax.Array:
         form = VARIANTS[self.variant]
         name, norm, *scale = self._unit(block, branch)
-        x = conv(x, name, width, (size, size), strides=strides, padding=padding, bias=form.bias, dtype=self.dtype)
-        x = batch_norm(x, norm, train=train, frozen=self.frozen, epsilon=form.epsilon, dtype=self.dtype)
+        x, bias = Conv(width, (size, size), strides, padding, form.bias, apart=True, dtype=self.dtype, name=name)(x)
+        options = {"train": train, "frozen": self.frozen, "epsilon": form.epsilon, "dtype": self.dtype}
+        x = batch_norm(x, norm, shift=bias, **options)
         return Scale(self.dtype, name=scale[0])(x) if scale else x
 
     def _block(self, x: jax.Array, block: str, width: int, strides: int, train: bool) -> jax.Array:

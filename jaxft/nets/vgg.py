@@ -95,7 +95,7 @@ class VGG(nn.Module):
 
     def _block(self, block: int, depth: int, x: jax.Array) -> jax.Array:
         for i in range(1, depth + 1):
-            x = nn.relu(conv(x, f"block{block}_conv{i}", WIDTHS[block - 1], (3, 3), dtype=self.dtype))
+            x = conv(x, f"block{block}_conv{i}", WIDTHS[block - 1], (3, 3), relu=True, dtype=self.dtype)
         return max_pool(x, (2, 2), (2, 2))
 
     def _head_stages(self, num_classes: int, train: bool) -> list[Stage]:
