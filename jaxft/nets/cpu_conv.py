@@ -75,7 +75,8 @@ def _tiles(x: jax.Array, pads: Pads) -> Planes:
 
 def _chunks(x: jax.Array, like: jax.Array | None = None) -> jax.Array:
     """[B, H, W, C] → [chunks, images of one, H, W, C], with as many images as a chunk of `like` has."""
-    images = math.gcd(len(x), max(1, CHUNK_PIXELS // math.prod((x if like is None else like).shape[1:3])))
+    most = CHUNK_PIXELS // math.prod((x if like is None else like).shape[1:3])
+    images = max(n for n in range(1, max(1, most) + 1) if len(x) % n == 0)
     return x.reshape(-1, images, *x.shape[1:])
 
 
