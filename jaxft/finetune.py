@@ -39,6 +39,8 @@ def keep_programs() -> pathlib.Path:
     """
     folder = pathlib.Path(jax.config.jax_compilation_cache_dir or fetch.cache_folder() / "compiled")
     jax.config.update("jax_compilation_cache_dir", str(folder))
+    # JAX keeps by itself only what took a second; of building a state there are dozens that take milliseconds each.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     return folder
 
 

@@ -141,14 +141,17 @@ def test_compute_dtype():
 
 
 def test_compiled_programs_lie_in_the_cache_folder_or_where_jax_was_told(tmp_path, monkeypatch):
-    """Bug: a folder that the user set for JAX is overruled, or nothing is kept."""
+    """Bug: a folder that the user set for JAX is overruled, nothing is kept, or only programs that took a second."""
     before = jax.config.jax_compilation_cache_dir
+    shortest = jax.config.jax_persistent_cache_min_compile_time_secs
     monkeypatch.setenv("JAXFT_CACHE", str(tmp_path))
     try:
         jax.config.update("jax_compilation_cache_dir", None)
         assert finetune.keep_programs() == tmp_path / "compiled"
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "compiled")
+        assert jax.config.jax_persistent_cache_min_compile_time_secs == 0
         jax.config.update("jax_compilation_cache_dir", str(tmp_path / "mine"))
         assert finetune.keep_programs() == tmp_path / "mine"
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", shortest)
