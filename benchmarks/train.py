@@ -243,7 +243,8 @@ def show(rows: list[dict[str, Any]]) -> None:
     columns = ["side", "images_per_second", "seconds_per_step", "fastest", "slowest"]
     columns += ["peak_mb", "compile_s", "share_of_peak"]
     for column in columns:
-        shown.add_column(column.replace("_", " "), justify="left" if column == "side" else "right")
+        is_name = column == "side"
+        shown.add_column(column.replace("_", " "), justify="left" if is_name else "right", no_wrap=is_name)
     for row in rows:
         shown.add_row(*(str(row[column]) for column in columns))
     Console().print(shown)
