@@ -20,6 +20,9 @@ CASES = {  # height, width, channels in and out, kernel, stride, padding
     "1×1 at stride 2": (14, 13, 5, 7, (1, 1), 2, "SAME"),
     "7×1": (15, 12, 5, 7, (7, 1), 1, "SAME"),
     "1×7": (15, 12, 5, 7, (1, 7), 1, "SAME"),
+    "7×1 of many channels": (15, 14, 32, 40, (7, 1), 1, "SAME"),
+    "1×7 of many channels without padding": (12, 19, 40, 32, (1, 7), 1, "VALID"),
+    "1×7 of many channels padded unevenly": (12, 18, 32, 32, (1, 7), 1, ((0, 0), (1, 4))),
     "5×5": (13, 14, 5, 7, (5, 5), 1, "SAME"),
     "7×7 at stride 2": (15, 12, 3, 7, (7, 7), 2, ((3, 3), (3, 3))),
 }

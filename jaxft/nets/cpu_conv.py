@@ -6,6 +6,7 @@ processor's speed or less, and 1×1 convolutions at half of it. Here
 - 1×1 convolutions and their gradients are one matrix product,
 - 3×3 ones at stride 1 on larger maps, and their gradients, are Winograd's minimal filtering over 2×2 tiles,
   F(2×2, 3×3): 16 matrix products with 4/9 of the multiplications,
+- 7×1 and 1×7 ones are two F(2, 3) and a tap: 10 products where there were 14,
 - others at a stride are a product with the pixels under each window laid side by side,
 - the gradient of any other kernel is a product for each of its taps.
 
@@ -28,6 +29,7 @@ Rows = Sequence[Any]  # numbers to be combined along one axis of a tile
 Planes = list[list[jax.Array]]  # [i][j]: element (i, j) of every tile, [B, tiles down, tiles across, channels]
 
 Pads = tuple[tuple[int, int], tuple[int, int]]  # ((above, below), (left, right))
+Finish = Callable[[jax.Array], jax.Array]  # what is done to a chunk of the output at once
 
 MIN_MACS = 2**25  # multiply-adds of the batch: less is done in a millisecond, and not worth the longer compilation
 MIN_ROWS = 12  # smaller maps waste too much of their tiles
@@ -84,9 +86,11 @@ def _flat(plane: jax.Array) -> jax.Array:
     return plane.reshape(-1, plane.shape[-1])
 
 
-def winograd_output(
-    x: jax.Array, kernel: jax.Array, pads: Pads, finish: Callable[[jax.Array], jax.Array] = lambda y: y
-) -> jax.Array:
+def _same(y: jax.Array) -> jax.Array:
+    return y
+
+
+def winograd_output(x: jax.Array, kernel: jax.Array, pads: Pads, finish: Finish = _same) -> jax.Array:
     """x [B, H, W, C] ∗ kernel [3, 3, C, D] at stride 1: [B, H', W', D], through `finish`, which sees it by chunks."""
     height, width = (side + sum(pad) - 2 for side, pad in zip(x.shape[1:3], pads, strict=True))
     filters = _both_axes(_of_kernel, [[kernel[i, j] for j in range(3)] for i in range(3)])
@@ -98,6 +102,39 @@ def winograd_output(
         return finish(y.reshape(len(x), 2 * y.shape[1], 2 * y.shape[3], -1)[:, :height, :width])
 
     return lax.map(chunk, _chunks(x)).reshape(len(x), height, width, -1)
+
+
+def line_output(x: jax.Array, kernel: jax.Array, pads: Pads, finish: Finish = _same) -> jax.Array:
+    """x [B, H, W, C] ∗ kernel [7, 1, C, D] or [1, 7, C, D] at stride 1: [B, H', W', D], through `finish`.
+
+    Two outputs in a row take four products of the first three taps, F(2, 3), four of the last three, whose transformed
+    pixels are those of the first two tiles further on, and one each of the tap between.
+    """
+    axis = 1 if kernel.shape[0] == 7 else 2
+    k = kernel.reshape(7, *kernel.shape[2:])
+    length = x.shape[axis] + sum(pads[axis - 1]) - 6
+    tiles = -(-length // 2)
+    ends = [(0, 0, 0), *((*pad, 0) for pad in pads), (0, 0, 0)]
+    ends[axis] = (ends[axis][0], ends[axis][1] + length % 2, 0)
+    first, last = _of_kernel(k[:3]), _of_kernel(k[4:])
+    filters = [jnp.concatenate(pair) for pair in zip(first, last, strict=True)]
+    filters[0], filters[3] = jnp.concatenate([filters[0], k[3]]), jnp.concatenate([filters[3], -k[3]])
+
+    def some(x: jax.Array, start: int, n: int = tiles) -> jax.Array:
+        return lax.slice_in_dim(x, start, start + n, axis=axis)
+
+    def chunk(x: jax.Array) -> jax.Array:
+        x = lax.pad(x, jnp.zeros((), x.dtype), ends)
+        even, odd = (lax.slice_in_dim(x, i, None, 2, axis) for i in range(2))
+        planes = _of_input([some(pixels, i, tiles + 2) for i in range(2) for pixels in (even, odd)])
+        pairs = [[some(plane, 0), some(plane, 2)] for plane in planes]
+        pairs[0], pairs[3] = [*pairs[0], some(odd, 1)], [*pairs[3], some(even, 2)]
+        products = [jnp.concatenate(p, -1) @ f for p, f in zip(pairs, filters, strict=True)]
+        y = jnp.stack(_to_output(products), axis + 1)
+        return finish(some(y.reshape(*y.shape[:axis], 2 * tiles, *y.shape[axis + 2 :]), 0, length))
+
+    y = lax.map(chunk, _chunks(x))
+    return y.reshape(len(x), *y.shape[2:])
 
 
 def winograd_kernel_gradient(x: jax.Array, dy: jax.Array, pads: Pads) -> jax.Array:
@@ -166,10 +203,12 @@ def product_input_gradient(dy: jax.Array, kernel: jax.Array, stride: int, height
     return lax.pad(dy @ kernel[0, 0].T, jnp.zeros((), dy.dtype), ((0, 0, 0), *ends, (0, 0, 0)))
 
 
-def _wins(x: jax.Array, kernel: jax.Array, stride: int) -> bool:
-    """Whether Winograd's filtering serves this convolution, and is faster than XLA's."""
+def _minimal(x: jax.Array, kernel: jax.Array, stride: int) -> Callable[..., jax.Array] | None:
+    """The minimal filtering that serves this convolution faster than XLA's own, if one does."""
     wide, large = min(kernel.shape[2:]) >= MIN_CHANNELS, min(x.shape[1:3]) >= MIN_ROWS
-    return kernel.shape[:2] == (3, 3) and stride == 1 and wide and large
+    if stride > 1 or not wide or not large:
+        return None
+    return {(3, 3): winograd_output, (7, 1): line_output, (1, 7): line_output}.get(kernel.shape[:2])
 
 
 def convolve(
@@ -207,8 +246,8 @@ def _direct(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads) -> jax.Arr
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def _conv(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, relu: bool, stride: int, pads: Pads) -> jax.Array:
     finish = partial(_finish, bias=bias, relu=relu)
-    if _wins(x, kernel, stride):
-        return winograd_output(x, kernel, pads, finish)
+    if output := _minimal(x, kernel, stride):
+        return output(x, kernel, pads, finish)
     if kernel.shape[:2] == (1, 1):
         return finish(product(x, kernel, stride))
     if stride > 1 and kernel.shape[2] >= MIN_CHANNELS:
@@ -227,11 +266,11 @@ def _backward(relu, stride, pads, saved, dy):
     of_bias = dy.sum((0, 1, 2)) if biased else None
     if kernel.shape[:2] == (1, 1):
         of_x = product_input_gradient(dy, kernel, stride, *x.shape[1:3])
-    elif _wins(x, kernel, stride):
-        (above, below), (left, right) = pads
-        turned = kernel[::-1, ::-1].swapaxes(2, 3)
-        of_x = winograd_output(dy, turned, ((2 - above, 2 - below), (2 - left, 2 - right)))
-        return of_x, winograd_kernel_gradient(x, dy, pads), of_bias
+    elif output := _minimal(x, kernel, stride):
+        around = [(k - 1 - low, k - 1 - high) for k, (low, high) in zip(kernel.shape[:2], pads, strict=True)]
+        of_x = output(dy, kernel[::-1, ::-1].swapaxes(2, 3), tuple(around))
+        if output is winograd_output:
+            return of_x, winograd_kernel_gradient(x, dy, pads), of_bias
     else:
         of_x = jax.linear_transpose(lambda x: _direct(x, kernel, stride, pads), x)(dy)[0]
     return of_x, tap_kernel_gradient(x, dy, kernel.shape[:2], stride, pads), of_bias
