@@ -5,7 +5,8 @@
         --steps 30 --peers torch torch-compile timm-compile    # on a GPU
 
 Every side is a process that builds the same net from the same weights, freezes the same layers and takes the same
-batch; their first losses must agree. Then they run in turn, round after round, while the others wait. The rows go to
+batch; their first losses must agree. Then they run in turn, round after round, while the others wait; a turn starts
+with a step that is not timed, and all ask for large pages of memory, as the experiments do. The rows go to
 docs/speed.csv, with hardware and versions, and docs/speed.png is drawn from it. Peers: `pip install -e '.[peers]'`.
 
 timm's nets of the same names are another function of nearly the same cost, from random weights: their losses are not
@@ -80,7 +81,11 @@ class Side:
     def __init__(self, name: str, job: peers.Job):
         command = [sys.executable, "-m", "benchmarks.peers", name]
         self.name = name
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        # As the experiments do, and for every side: Linux hands out memory in large pages to who asks for them.
+        environment = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} | os.environ
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
         self.facts = self.ask(json.dumps(dataclasses.asdict(job)))
         self.seconds: list[float] = []
         self.peak_bytes = 0
