@@ -56,9 +56,13 @@ class Settings:
     """The table, as Markdown."""
 
 
+def xla(x: Any, kernel: Any, strides: int, padding: str) -> Any:
+    return lax.conv_general_dilated(x, kernel, (strides, strides), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
 def programs(conv: Callable[..., Any], stride: int) -> tuple[Callable[..., Any], ...]:
     def output(x: Any, kernel: Any, dy: Any) -> Any:
-        return conv(x, kernel, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return conv(x, kernel, strides=stride, padding="SAME")
 
     def of_input(x: Any, kernel: Any, dy: Any) -> Any:
         return jax.vjp(lambda x: output(x, kernel, dy), x)[1](dy)
@@ -81,7 +85,7 @@ def main(settings: Settings) -> None:
         for net, side, fan_in, fan_out, size, stride in LAYERS:
             x = rng.normal(size=(settings.batch_size, side, side, fan_in)).astype(np.float32)
             kernel = rng.normal(size=(*size, fan_in, fan_out)).astype(np.float32)
-            sides = [programs(conv, stride) for conv in (lax.conv_general_dilated, cpu_conv.conv_general_dilated)]
+            sides = [programs(conv, stride) for conv in (xla, cpu_conv.convolve)]
             y = jax.eval_shape(sides[0][0], x, kernel, x)
             arrays = tuple(map(jax.device_put, (x, kernel, rng.normal(size=y.shape).astype(np.float32))))
             giga = 2 * y.size * kernel[..., 0].size / 1e9

@@ -92,8 +92,9 @@ class Side:
 
     def ask(self, line: str) -> dict[str, Any]:
         assert self.process.stdin and self.process.stdout
-        self.process.stdin.write(line + "\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # of a side that was killed: it gives no answer
+            self.process.stdin.write(line + "\n")
+            self.process.stdin.flush()
         answer = self.process.stdout.readline()
         if not answer:
             raise Failed(f"{self.name} ended with status {self.process.wait()}; its own message is above")
@@ -106,7 +107,8 @@ class Side:
 
     def close(self) -> None:
         assert self.process.stdin
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.wait()
 
 

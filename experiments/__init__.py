@@ -8,7 +8,7 @@ starts, so the command starts itself once more.
 import os
 import sys
 
-module = sys.orig_argv[sys.orig_argv.index("-m") + 1] if "-m" in sys.orig_argv else ""
-if sys.platform == "linux" and module.startswith("experiments.") and "GLIBC_TUNABLES" not in os.environ:
-    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+# sys.argv is that while Python imports the package of `python -m experiments.…`, and at no other time.
+if sys.platform == "linux" and sys.argv[0] == "-m" and not {"GLIBC_TUNABLES", "JAXFT_RESTARTED"} & set(os.environ):
+    os.environ |= {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "JAXFT_RESTARTED": "1"}
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

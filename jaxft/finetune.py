@@ -8,7 +8,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import flax.linen as nn
@@ -176,6 +176,17 @@ def finetune(
     hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     whole = {"batch_size": batch_size, "image_size": image_size, "scaled": scaled_decode, **hosts}
 
+    # Where the inputs of frozen stages repeat, a step is two programs: up to `stage`, and what follows.
+    stage = features.cut(net, frozen, list(variables["params"])) if views or not augmentation else None
+    if stage is None and cache_features == "on":
+        raise ValueError(
+            "cache_features=on needs a first stage that is wholly frozen, without dropout or auxiliary heads, and "
+            "inputs that repeat: a fixed number of views, or no augmentation"
+        )
+    with closing(Checkpoints(workdir / "checkpoints", config)) as checkpoints:
+        if checkpoints.latest() is None:
+            checkpoints.require_room(state, 3)  # the best, the last, and the one being written
+
     # Several processes decode their own rows of each batch; one decodes all once, and holds them where they fit.
     images, held = dataset, None
     if jax.process_count() == 1:
@@ -188,15 +199,8 @@ def finetune(
     def with_images(batch: dict[str, np.ndarray]) -> dict[str, Any]:
         return batch | {"image": held.take(batch["index"])} if held else batch
 
-    # Where the inputs of frozen stages repeat, a step is two programs: up to `stage`, and what follows.
-    stage = features.cut(net, frozen, list(variables["params"])) if views or not augmentation else None
     cache = None
     if stage is None:
-        if cache_features == "on":
-            raise ValueError(
-                "cache_features=on needs a first stage that is wholly frozen, without dropout or auxiliary heads, and "
-                "inputs that repeat: a fixed number of views, or no augmentation"
-            )
         train_step = train.make_train_step(lambda key, x: normalise(warp(key, x, **augmentation)), label_smoothing)
         eval_step = predict.make_eval_step(normalise)
     else:
@@ -227,7 +231,7 @@ def finetune(
             )
         if cache:
             train_step, eval_step = behind, eval_behind
-            whole["image_size"] = None
+            whole["image_size"], held, images = None, None, dataset  # the device's memory is for the features
         else:
 
             def train_step(state: train_state.TrainState, batch: predict.Batch) -> Any:
@@ -267,8 +271,6 @@ def finetune(
     )
     checkpoints = Checkpoints(workdir / "checkpoints", config)
     try:
-        if checkpoints.latest() is None:
-            checkpoints.require_room(state, 3)  # the best, the last, and the one being written
         state, history = train.fit(
             state,
             train_step,

@@ -157,4 +157,6 @@ def _save(path: pathlib.Path, figure: Figure) -> None:
 def _replace(path: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> None:
     partial = path.with_name(f"{path.name}.part")
     write(partial)
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())  # or a power cut could leave the new name on an empty file
     os.replace(partial, path)

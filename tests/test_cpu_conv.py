@@ -13,7 +13,10 @@ CASES = {  # height, width, channels in and out, kernel, stride, padding
     "3×3 padded unevenly": (21, 22, 33, 32, (3, 3), 1, ((0, 1), (2, 1))),
     "3×3 on a small map": (7, 8, 32, 40, (3, 3), 1, "SAME"),
     "3×3 of few channels": (16, 17, 3, 40, (3, 3), 1, "SAME"),
-    "3×3 at stride 2": (16, 17, 32, 4, (3, 3), 2, "SAME"),
+    "3×3 at stride 2": (16, 17, 32, 34, (3, 3), 2, "SAME"),
+    "3×3 at stride 2, the last row and column unused": (16, 18, 32, 32, (3, 3), 2, "VALID"),
+    "3×3 at stride 3": (11, 13, 32, 32, (3, 3), 3, ((1, 0), (2, 1))),
+    "5×4 at stride 2": (11, 12, 32, 32, (5, 4), 2, ((1, 2), (0, 3))),
     "3×3 at stride 2 of few channels": (16, 17, 9, 4, (3, 3), 2, "SAME"),
     "3×3 at stride 2 without padding": (17, 16, 9, 4, (3, 3), 2, "VALID"),
     "1×1": (14, 13, 5, 7, (1, 1), 1, "VALID"),
@@ -55,10 +58,12 @@ def with_gradients(function, x, kernel, *bias_and_dy):
     return (y, *transposed(dy))
 
 
-@pytest.mark.parametrize("relu", [False, True], ids=["", "bias and ReLU"])
+@pytest.mark.parametrize("relu", [False, True], ids=["one chunk", "an image a chunk, bias and ReLU"])
 @pytest.mark.parametrize("case", CASES)
-def test_output_and_gradients_are_exact_to_rounding(case, relu):
+def test_output_and_gradients_are_exact_to_rounding(case, relu, monkeypatch):
     """Bug: a tile at the edge, an odd side, a pad, a stride or the turned kernel is wrong; or 1e-6 is not kept."""
+    if relu:
+        monkeypatch.setattr(cpu_conv, "CHUNK_PIXELS", 1)
     options, x, kernel, bias, dy = draw(case)
     arrays = (x, kernel, bias, dy) if relu else (x, kernel, dy)
     with jax.enable_x64(True):

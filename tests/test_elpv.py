@@ -45,7 +45,7 @@ def test_columns(tmp_path: Path):
         assert (decode.rgb(found.images[i], (4, 6), name) == ord(name)).all()
 
 
-def test_columns_survive_the_loader(tmp_path: Path):
+def test_cells_are_batched(tmp_path: Path):
     """Fails if the images cannot be batched."""
     found = elpv.read(cells(tmp_path))
     (batch,) = loader.eval_batches(found, [2, 0, 1], batch_size=3, image_size=(4, 6))

@@ -84,11 +84,18 @@ def test_images_that_are_held_on_the_device_or_nowhere_train_the_same(tmp_path, 
     """Bug: a batch takes other rows from the device, or a full disk changes the result."""
     net = tiny.Tiny(frozen=frozenset({"conv1", "bn1"}))
     options = {**options, "net": net, "frozen": net.frozen}
-    losses = [run(tmp_path / "disk", **options)[1]["log_loss"]]
-    monkeypatch.setattr("jaxft.data.cache.to_device", jax.device_put)
-    losses.append(run(tmp_path / "device", **options)[1]["log_loss"])
+    losses = []
+
+    def once(where):
+        monkeypatch.setenv("JAXFT_CACHE", str(tmp_path / where / "cache"))  # no run may read what another has made
+        losses.append(run(tmp_path / where, **options)[1]["log_loss"])
+
+    once("disk")
+    with monkeypatch.context() as changed:
+        changed.setattr("jaxft.data.cache.to_device", jax.device_put)
+        once("device")
     monkeypatch.setattr("jaxft.data.loader.decode_once", lambda *args, **options: None)
-    losses.append(run(tmp_path / "nowhere", **options)[1]["log_loss"])
+    once("nowhere")
     assert losses[0] == losses[1] == losses[2]
 
 

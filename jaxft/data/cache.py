@@ -16,7 +16,7 @@ from jaxft import fetch, report
 from jaxft.progress import bar
 
 BLOCK_BYTES = 64 * 2**20  # written, synced and entered into the manifest together: what a crash can cost
-SPARE_BYTES = 2**30  # of the disk, left to others
+SPARE_BYTES = 4 * 2**30  # of the disk, left to checkpoints and to others
 
 
 class Cache:
@@ -53,8 +53,9 @@ class Cache:
         self.file, self.manifest = self.folder / "rows.bin", self.folder / "manifest.json"
         self.row_bytes = math.prod(shape) * self.dtype.itemsize
         self.bytes = len(self.indices) * self.row_bytes
-        self._row = np.zeros(self.indices.max() + 1, np.int64)
+        self._row = np.full(self.indices.max() + 2, len(self.indices))  # the last for padding, and absent ones
         self._row[self.indices] = np.arange(len(self.indices))
+        self._row[-1] = 0
         self._array: Any = None
 
     def missing(self) -> int:
@@ -96,8 +97,14 @@ class Cache:
         """The rows of the images `indices`, int [B]: [B, *shape], on the device if the cache is held there.
 
         Padding rows, index -1, get those of some image.
+
+        Raises:
+            IndexError: an image is none of the cache's.
         """
-        return self._array[self._row[indices]]
+        rows = self._row[indices]
+        if np.max(rows) >= len(self.indices):
+            raise IndexError(f"the {self.kind} in {self.folder} are not of all the images asked for")
+        return self._array[rows]
 
     def on_device(self) -> bool:
         """Whether the opened cache is held on the device."""
@@ -107,7 +114,11 @@ class Cache:
         """(rows, CRC-32) of every block in the manifest."""
         if not self.manifest.exists() or not self.file.exists():
             return []
-        return [(rows, crc) for rows, crc in json.loads(self.manifest.read_text())["blocks"]]
+        try:
+            return [(rows, crc) for rows, crc in json.loads(self.manifest.read_text())["blocks"]]
+        except (ValueError, KeyError, TypeError):
+            print(f"{self.manifest} is damaged; all of it is computed again", flush=True)
+            return []
 
     def _verified(self) -> list[tuple[int, int]]:
         """The leading blocks of the file that are what the manifest says."""
@@ -145,6 +156,7 @@ class Cache:
 
 def to_device(array: np.ndarray) -> Any:
     """The array on the one device of the run if half of its free memory holds it; else, and on a CPU, as it is."""
-    if jax.device_count() > 1 or not (stats := jax.devices()[0].memory_stats()):
+    stats = jax.devices()[0].memory_stats() or {}
+    if jax.device_count() > 1 or "bytes_limit" not in stats:
         return array
     return jax.device_put(array) if array.nbytes < (stats["bytes_limit"] - stats["bytes_in_use"]) / 2 else array

@@ -4,6 +4,7 @@ import functools
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from typing import TypeVar
 
 import grain
@@ -140,17 +141,17 @@ def eval_batches(
 def decode_once(
     dataset: Dataset, indices: np.ndarray, image_size: tuple[int, int], *, scaled: bool = False
 ) -> Cache | None:
-    """The images `indices`, int [n], decoded at `image_size` into a file of the cache folder, where that has room.
+    """The images `indices`, int [n], decoded at `image_size` into a file of the cache folder, where that can be.
 
     Returns:
-        rows uint8 [H, W, 3]; None where the disk has no room, and a line says so: decode them as they are needed.
+        rows uint8 [H, W, 3]; None where the disk is full or read-only, and a line says so: decode as they are needed.
 
     Raises:
         ValueError: an image that cannot be decoded, by name.
-        OSError: the cache folder cannot be written to.
     """
-    identity = {"data": dataset.fingerprint, "size": list(image_size), "scaled": scaled}
-    name = "×".join(map(str, image_size))
+    libraries = {name: metadata.version(name) for name in ("pillow", "simplejpeg")}
+    identity = {"data": dataset.fingerprint, "size": list(image_size), "scaled": scaled, **libraries}
+    name = "x".join(map(str, image_size))
     cache = Cache("pixels", name, identity, np.unique(indices), (*image_size, 3), np.uint8)
     if reason := cache.no_room():
         print(f"images are decoded anew in every epoch: {reason}", flush=True)
@@ -160,7 +161,12 @@ def decode_once(
         for batch in eval_batches(dataset, missing, batch_size=32, image_size=image_size, scaled=scaled):
             yield batch["image"][batch["weight"] > 0]
 
-    cache.fill(compute)
+    try:
+        cache.fill(compute)
+    except OSError as error:
+        print(f"images are decoded anew in every epoch: {error}; set JAXFT_CACHE to another folder", flush=True)
+        return None
+    print(f"decoded images come from {cache.folder} ({cache.bytes / 1e6:.0f} MB)", flush=True)
     return cache
 
 
@@ -175,7 +181,7 @@ class Decoded:
         return self.length
 
     def __getitem__(self, index: int, /) -> np.ndarray:
-        return self.cache.take(index)
+        return np.asarray(self.cache.take(index))
 
 
 _FOREVER = 2**62

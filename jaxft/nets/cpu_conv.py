@@ -7,7 +7,8 @@ processor's speed or less, and 1×1 convolutions at half of it. Here
 - 3×3 ones at stride 1 on larger maps, and their gradients, are Winograd's minimal filtering over 2×2 tiles,
   F(2×2, 3×3): 16 matrix products with 4/9 of the multiplications,
 - 7×1 and 1×7 ones are two F(2, 3) and a tap: 10 products where there were 14,
-- others at a stride are a product with the pixels under each window laid side by side,
+- others at a stride are products with the pixels under each window laid side by side, forward and backward, unless
+  they have few channels,
 - the gradient of any other kernel is a product for each of its taps.
 
 All stay within float32 rounding of the direct sum: the kernels' gradients are nearer to it than XLA's.
@@ -190,6 +191,35 @@ def patch_output(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads) -> ja
     return y.reshape(len(x), *y.shape[2:])
 
 
+def patch_input_gradient(
+    dy: jax.Array, kernel: jax.Array, stride: int, pads: Pads, height: int, width: int
+) -> jax.Array:
+    """The gradient [B, height, width, C] of the input of a convolution whose kernel is no smaller than its stride.
+
+    Pixels whose rows leave the same remainder, and whose columns do, meet the same taps: each such set is a
+    convolution of the output's gradient with those.
+    """
+    sides = (height, width)
+    rows, columns = (-(-(side + sum(pad)) // stride) for side, pad in zip(sides, pads, strict=True))
+
+    def chunk(dy: jax.Array) -> jax.Array:
+        sets = []
+        for i in range(stride):
+            for j in range(stride):
+                taps = kernel[i::stride, j::stride][::-1, ::-1].swapaxes(2, 3)
+                around = [
+                    (k - 1, n - m) for k, n, m in zip(taps.shape[:2], (rows, columns), dy.shape[1:3], strict=True)
+                ]
+                patches = jnp.concatenate(windows(dy, taps.shape[:2], (1, 1), tuple(around)), -1)
+                sets.append(patches @ taps.reshape(-1, kernel.shape[2]))
+        x = jnp.stack(sets, 3).reshape(*sets[0].shape[:3], stride, stride, -1).swapaxes(2, 3)
+        x = x.reshape(len(dy), rows * stride, columns * stride, -1)
+        ends = [slice(low, low + side) for side, (low, _) in zip(sides, pads, strict=True)]
+        return x[:, *ends]
+
+    return lax.map(chunk, _chunks(dy)).reshape(len(dy), height, width, -1)
+
+
 def product(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     """A 1×1 convolution."""
     return x[:, ::stride, ::stride] @ kernel[0, 0]
@@ -211,6 +241,11 @@ def _minimal(x: jax.Array, kernel: jax.Array, stride: int) -> Callable[..., jax.
     return {(3, 3): winograd_output, (7, 1): line_output, (1, 7): line_output}.get(kernel.shape[:2])
 
 
+def _strided(kernel: jax.Array, stride: int) -> bool:
+    """Whether products of patches are faster than XLA's own convolution."""
+    return stride > 1 and min(kernel.shape[:2]) >= stride and min(kernel.shape[2:]) >= MIN_CHANNELS
+
+
 def convolve(
     x: jax.Array,
     kernel: jax.Array,
@@ -229,7 +264,8 @@ def convolve(
     (above, below), (left, right) = pads = tuple((int(low), int(high)) for low, high in padding)
     macs = x.size // strides**2 * math.prod(kernel.shape[:2]) * kernel.shape[3]
     padded_product = kernel.shape[:2] == (1, 1) and any((above, below, left, right))
-    if jax.default_backend() != "cpu" or x.dtype != jnp.float32 or macs < MIN_MACS or padded_product:
+    cropped = min(above, below, left, right) < 0
+    if jax.default_backend() != "cpu" or x.dtype != jnp.float32 or macs < MIN_MACS or padded_product or cropped:
         return _finish(_direct(x, kernel, strides, pads), bias, relu)
     return _conv(x, kernel, bias, relu, strides, pads)
 
@@ -250,7 +286,7 @@ def _conv(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, relu: bool, s
         return output(x, kernel, pads, finish)
     if kernel.shape[:2] == (1, 1):
         return finish(product(x, kernel, stride))
-    if stride > 1 and kernel.shape[2] >= MIN_CHANNELS:
+    if _strided(kernel, stride):
         return finish(patch_output(x, kernel, stride, pads))
     return finish(_direct(x, kernel, stride, pads))
 
@@ -271,6 +307,8 @@ def _backward(relu, stride, pads, saved, dy):
         of_x = output(dy, kernel[::-1, ::-1].swapaxes(2, 3), tuple(around))
         if output is winograd_output:
             return of_x, winograd_kernel_gradient(x, dy, pads), of_bias
+    elif _strided(kernel, stride):
+        of_x = patch_input_gradient(dy, kernel, stride, pads, *x.shape[1:3])
     else:
         of_x = jax.linear_transpose(lambda x: _direct(x, kernel, stride, pads), x)(dy)[0]
     return of_x, tap_kernel_gradient(x, dy, kernel.shape[:2], stride, pads), of_bias
