@@ -103,11 +103,22 @@ def keras_model(job: Job) -> Any:
     keras.mixed_precision.set_global_policy("float32" if job.dtype == "float32" else f"mixed_{job.dtype}")
     model = parity.reference(job.net, job.image_size, classifier=True)
     model.load_weights(job.weights)
+    frozen = frozen_layers(job, model)
     for layer in model.layers:
-        layer.trainable = layer.name not in job.frozen
+        layer.trainable = layer.name not in frozen
         if isinstance(layer, keras.layers.Dropout):
             layer.rate = 0.0
     return model
+
+
+def frozen_layers(job: Job, model: Any) -> set[str]:
+    """Names of the frozen layers in the Keras model, which numbers the Inceptions' from 0, the job's from 1."""
+
+    def name_in_job(name: str) -> str:
+        kind, _, number = name.rpartition("_") if name[-1].isdecimal() else (name, "", "0")
+        return f"{kind}_{int(number) + 1}" if kind in ("conv2d", "batch_normalization") else name
+
+    return {layer.name for layer in model.layers if name_in_job(layer.name) in job.frozen}
 
 
 def keras_step(job: Job, facts: dict[str, Any]) -> Step:
@@ -134,8 +145,9 @@ def keras_graph(job: Job) -> Any:
     """The net of the job in PyTorch: the graph of the Keras model, filled."""
     from benchmarks import torch_net
 
-    net = torch_net.Graph(keras_model(job)).train()
-    net.freeze(job.frozen)
+    model = keras_model(job)
+    net = torch_net.Graph(model).train()
+    net.freeze(frozen_layers(job, model))
     return net
 
 
