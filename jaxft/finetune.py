@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxft import features, fetch, masking, nets, port_weights, predict, report, train, train_state
+from jaxft import features, fetch, files, masking, nets, port_weights, predict, report, train, train_state
 from jaxft.checkpoint import CheckpointError, Checkpoints, differences
 from jaxft.data import Dataset, decode, loader
 from jaxft.data.augment import warp
@@ -100,7 +100,7 @@ def claim(workdir: pathlib.Path, config: dict[str, Any]) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if not file.exists():
-            report.write_json(file, config)
+            files.write_json(file, config)
     except OSError as error:
         raise OSError(f"the workdir {workdir} cannot be written to ({error}); choose another with --workdir") from error
     if lines := differences(json.loads(file.read_text()), config):
@@ -191,10 +191,11 @@ def finetune(
     images, held = dataset, None
     if jax.process_count() == 1:
         used = np.union1d(train_indices, test_indices)
-        if pixels := loader.decode_once(dataset, used, image_size, scaled=scaled_decode):
-            images = dataclasses.replace(dataset, images=loader.Decoded(pixels, len(dataset)))
-            if pixels.on_device():
-                held, whole["image_size"] = pixels, None
+        held = loader.decode_once(dataset, used, image_size, scaled=scaled_decode)
+        if held and held.on_device():
+            whole["image_size"] = None
+        elif held:
+            images, held = dataclasses.replace(dataset, images=loader.Decoded(held, len(dataset))), None
 
     def with_images(batch: dict[str, np.ndarray]) -> dict[str, Any]:
         return batch | {"image": held.take(batch["index"])} if held else batch
@@ -316,7 +317,7 @@ def finetune(
             names,
             classes,
         )
-        report.write_json(workdir / "summary.json", summary)
+        files.write_json(workdir / "summary.json", summary)
     return state, summary
 
 

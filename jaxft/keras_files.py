@@ -18,6 +18,8 @@ from typing import Any
 import h5py
 import numpy as np
 
+from jaxft.files import write_whole
+
 AUTOMATIC = re.compile(r"(?:convolution2d|conv2d|dense|batchnormalization|batch_normalization|scale)(?:_(\d+))?")
 _KERAS1_FIELD = re.compile(r"(.+)_(W|b|gamma|beta|running_mean|running_std)(?:_\d+)?")
 _MEMBER = "model.weights.h5"  # of a .keras zip
@@ -264,13 +266,12 @@ def write(path: Path, layers: Sequence[tuple[str, str, Mapping[str, np.ndarray]]
     """
     if path.suffix not in (".h5", ".hdf5"):
         raise ValueError(f"{path}: Keras loads weights from .weights.h5 (its version 3) or .h5 (version 2) files")
-    partial = path.with_name(f"{path.name}.part")
-    try:
+
+    def fill(partial: Path) -> None:
         with h5py.File(partial, "w") as file:
             (_write_keras3 if path.name.endswith(".weights.h5") else _write_keras2)(file, layers)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+
+    write_whole(path, fill)
 
 
 def _write_keras2(file: h5py.File, layers: Sequence[tuple[str, str, Mapping[str, np.ndarray]]]) -> None:

@@ -1,8 +1,6 @@
 """What people look at when a run is over: pictures, a table, a summary."""
 
 import csv
-import json
-import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
@@ -16,15 +14,11 @@ from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from rich.table import Table
 
+from jaxft.files import write_whole
 from jaxft.predict import Predictions
 
 COLUMNS, ROWS = 6, 2  # of a grid of images
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-
-
-def write_json(path: pathlib.Path, values: Any) -> None:
-    """`values` as indented JSON, put in place whole."""
-    _replace(path, lambda partial: partial.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n"))
 
 
 def write_predictions(
@@ -40,7 +34,7 @@ def write_predictions(
             for index, label, probabilities in rows:
                 table.writerow([names[index], classes[label], *(f"{p:.6g}" for p in probabilities)])
 
-    _replace(path, write)
+    write_whole(path, write)
 
 
 def learning_curves(path: pathlib.Path, history: Sequence[Mapping[str, float]]) -> None:
@@ -151,12 +145,4 @@ def _grid(path: pathlib.Path, title: str, count: int, draw: Callable[[Axes, int]
 
 
 def _save(path: pathlib.Path, figure: Figure) -> None:
-    _replace(path, lambda partial: figure.savefig(partial, dpi=110, format="png"))
-
-
-def _replace(path: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> None:
-    partial = path.with_name(f"{path.name}.part")
-    write(partial)
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())  # or a power cut could leave the new name on an empty file
-    os.replace(partial, path)
+    write_whole(path, lambda partial: figure.savefig(partial, dpi=110, format="png"))

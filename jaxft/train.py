@@ -2,7 +2,6 @@
 
 import csv
 import math
-import os
 import pathlib
 import signal
 import time
@@ -17,6 +16,7 @@ from jax.sharding import Mesh
 
 from jaxft import masking
 from jaxft.checkpoint import Checkpoints
+from jaxft.files import write_whole
 from jaxft.predict import Batch, Predictions, shard
 from jaxft.progress import bar
 from jaxft.train_state import TrainState
@@ -213,12 +213,14 @@ def _row(
 
 def write_history(path: pathlib.Path, rows: list[dict[str, float]]) -> None:
     """The rows as a csv, put in place whole."""
-    partial = path.with_name(f"{path.name}.part")
-    with partial.open("w", newline="") as file:
-        table = csv.DictWriter(file, rows[0])
-        table.writeheader()
-        table.writerows(rows)
-    os.replace(partial, path)
+
+    def write(partial: pathlib.Path) -> None:
+        with partial.open("w", newline="") as file:
+            table = csv.DictWriter(file, rows[0])
+            table.writeheader()
+            table.writerows(rows)
+
+    write_whole(path, write)
 
 
 @contextmanager

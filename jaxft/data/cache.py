@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxft import fetch, report
+from jaxft import fetch, files
 from jaxft.progress import bar
 
 BLOCK_BYTES = 64 * 2**20  # written, synced and entered into the manifest together: what a crash can cost
@@ -149,7 +149,7 @@ class Cache:
                         file.flush()
                         os.fsync(file.fileno())
                         blocks = [*blocks, (rows, crc)]
-                        report.write_json(self.manifest, {"identity": self.identity, "blocks": blocks})
+                        files.write_json(self.manifest, {"identity": self.identity, "blocks": blocks})
                         rows, crc = 0, 0
                     advance(len(batch))
 
