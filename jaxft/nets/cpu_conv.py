@@ -83,6 +83,19 @@ def _chunks(x: jax.Array, like: jax.Array | None = None) -> jax.Array:
     return x.reshape(-1, images, *x.shape[1:])
 
 
+def _by_chunks(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """function(x), of an x [B, H, W, C] whose images do not depend on each other."""
+    y = lax.map(function, _chunks(x))
+    return y.reshape(len(x), *y.shape[2:])
+
+
+def _sum_by_chunks(function: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, dy: jax.Array) -> jax.Array:
+    """function(x, dy), of which every image has its summand."""
+    chunks = _chunks(x, dy), _chunks(dy)
+    one = jax.eval_shape(function, *(some[0] for some in chunks))
+    return lax.scan(lambda total, some: (total + function(*some), None), jnp.zeros(one.shape, one.dtype), chunks)[0]
+
+
 def _flat(plane: jax.Array) -> jax.Array:
     return plane.reshape(-1, plane.shape[-1])
 
@@ -102,7 +115,7 @@ def winograd_output(x: jax.Array, kernel: jax.Array, pads: Pads, finish: Finish 
         y = jnp.stack([jnp.stack(row, 3) for row in _both_axes(_to_output, products)], 2)  # [B, down, 2, across, 2, D]
         return finish(y.reshape(len(x), 2 * y.shape[1], 2 * y.shape[3], -1)[:, :height, :width])
 
-    return lax.map(chunk, _chunks(x)).reshape(len(x), height, width, -1)
+    return _by_chunks(chunk, x)
 
 
 def line_output(x: jax.Array, kernel: jax.Array, pads: Pads, finish: Finish = _same) -> jax.Array:
@@ -134,23 +147,20 @@ def line_output(x: jax.Array, kernel: jax.Array, pads: Pads, finish: Finish = _s
         y = jnp.stack(_to_output(products), axis + 1)
         return finish(some(y.reshape(*y.shape[:axis], 2 * tiles, *y.shape[axis + 2 :]), 0, length))
 
-    y = lax.map(chunk, _chunks(x))
-    return y.reshape(len(x), *y.shape[2:])
+    return _by_chunks(chunk, x)
 
 
 def winograd_kernel_gradient(x: jax.Array, dy: jax.Array, pads: Pads) -> jax.Array:
     """The gradient [3, 3, C, D] of the kernel, from x [B, H, W, C] and the output's gradient [B, H', W', D]."""
 
-    def add(total: jax.Array, chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        x, dy = chunk
+    def tiles(x: jax.Array, dy: jax.Array) -> jax.Array:
         xs = _both_axes(_of_input, _tiles(x, pads))
         dy = jnp.pad(dy, ((0, 0), (0, dy.shape[1] % 2), (0, dy.shape[2] % 2), (0, 0)))
         dys = _both_axes(_of_gradient, [[dy[:, i::2, j::2] for j in range(2)] for i in range(2)])
         products = [[_flat(xs[i][j]).T @ _flat(dys[i][j]) for j in range(4)] for i in range(4)]
-        return total + jnp.stack([jnp.stack(row) for row in products]), None
+        return jnp.stack([jnp.stack(row) for row in products])
 
-    zero = jnp.zeros((4, 4, x.shape[3], dy.shape[3]), x.dtype)
-    total, _ = lax.scan(add, zero, (_chunks(x, dy), _chunks(dy)))
+    total = _sum_by_chunks(tiles, x, dy)
     rows = _both_axes(_to_kernel, [[total[i, j] for j in range(4)] for i in range(4)])
     return jnp.stack([jnp.stack(row) for row in rows])
 
@@ -174,10 +184,7 @@ def tap_kernel_gradient(x: jax.Array, dy: jax.Array, size: tuple[int, int], stri
         products = [_flat(pixels).T @ _flat(dy) for pixels in windows(x, size, (stride, stride), pads)]
         return jnp.stack(products).reshape(*size, x.shape[3], dy.shape[3])
 
-    if size == (1, 1):
-        return taps(x, dy)
-    zero = jnp.zeros((*size, x.shape[3], dy.shape[3]), x.dtype)
-    return lax.scan(lambda total, chunk: (total + taps(*chunk), None), zero, (_chunks(x, dy), _chunks(dy)))[0]
+    return taps(x, dy) if size == (1, 1) else _sum_by_chunks(taps, x, dy)
 
 
 def patch_output(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads) -> jax.Array:
@@ -187,8 +194,7 @@ def patch_output(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads) -> ja
         patches = jnp.concatenate(windows(x, kernel.shape[:2], (stride, stride), pads), -1)
         return patches @ kernel.reshape(-1, kernel.shape[3])
 
-    y = lax.map(chunk, _chunks(x))
-    return y.reshape(len(x), *y.shape[2:])
+    return _by_chunks(chunk, x)
 
 
 def patch_input_gradient(
@@ -217,7 +223,7 @@ def patch_input_gradient(
         ends = [slice(low, low + side) for side, (low, _) in zip(sides, pads, strict=True)]
         return x[:, *ends]
 
-    return lax.map(chunk, _chunks(dy)).reshape(len(dy), height, width, -1)
+    return _by_chunks(chunk, dy)
 
 
 def product(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
