@@ -8,7 +8,6 @@ alternate between the two.
 
 import dataclasses
 import pathlib
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -20,7 +19,7 @@ import tyro
 from jax import lax
 
 from benchmarks import flops
-from jaxft import report
+from benchmarks.machine import write_table
 from jaxft.nets import cpu_conv
 from jaxft.progress import bar
 
@@ -105,14 +104,12 @@ def main(settings: Settings) -> None:
         f"`python -m benchmarks.convolutions` writes this table: batch {settings.batch_size}, float32, 10⁹ operations",
         f"of the direct sum a second, medians of {settings.repeats}, XLA's and ours in turn. A product of square",
         f"matrices reaches {flops.device_peak(np.float32) / 1e9:.0f} there.",
-        "",
-        f"Measured on {platform.machine()}: " + ", ".join(f"{name} {v}" for name, v in report.versions().items()) + ".",
-        "",
+    ]
+    columns = [
         "| net | layer | output: XLA | jaxft | input gradient: XLA | jaxft | kernel gradient: XLA | jaxft |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    settings.out.parent.mkdir(exist_ok=True)
-    settings.out.write_text("\n".join([*head, *rows]) + "\n")
+    write_table(settings.out, head, [*columns, *rows])
 
 
 if __name__ == "__main__":

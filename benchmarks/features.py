@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import tyro
 
-from benchmarks.train import hardware
-from jaxft import features, masking, nets, optim, predict, report, train, train_state
+from benchmarks.machine import write_table
+from jaxft import features, masking, nets, optim, predict, train, train_state
 from jaxft.data import Dataset, loader, standin, statefarm
 from jaxft.nets import vgg
 from jaxft.preprocess import PREPROCESSING
@@ -123,7 +123,6 @@ def main(settings: Settings) -> None:
             rows.append(measure(dataset, freeze, head, settings))
             print(rows[-1], flush=True)
             advance(1)
-    versions = report.versions()
     head = [
         "# The feature cache",
         "",
@@ -131,16 +130,12 @@ def main(settings: Settings) -> None:
         f"{settings.batch_size}, float32; seconds of an epoch after the first, median (range) of {settings.epochs},",
         "sides in turn. Both give the same losses, bit for bit. What is kept is what the stage of the third column",
         "gives: the last one that is frozen and has no dropout in or before it.",
-        "",
-        f"Measured on {hardware(versions['device'] if '(cpu)' not in versions['device'] else 'cpu')}: "
-        + ", ".join(f"{name} {version}" for name, version in versions.items())
-        + ".",
-        "",
+    ]
+    columns = [
         "| frozen | head | kept | cache off | cache on | times as fast | making it |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    settings.out.parent.mkdir(exist_ok=True)
-    settings.out.write_text("\n".join([*head, *rows]) + "\n")
+    write_table(settings.out, head, [*columns, *rows])
 
 
 if __name__ == "__main__":

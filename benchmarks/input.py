@@ -24,8 +24,8 @@ import simplejpeg
 import tyro
 from PIL import Image
 
-from benchmarks.train import hardware
-from jaxft import features, masking, nets, optim, predict, report, train, train_state
+from benchmarks.machine import write_table
+from jaxft import features, masking, nets, optim, predict, train, train_state
 from jaxft.data import Dataset, loader, standin, statefarm
 from jaxft.data.augment import warp
 from jaxft.data.cache import Cache
@@ -202,7 +202,6 @@ def main(settings: Settings) -> None:
             print(rows[-1], flush=True)
             limited += [name] if times < 1 else []
             advance(1)
-    versions = report.versions()
     head = [
         "# The input",
         "",
@@ -212,17 +211,13 @@ def main(settings: Settings) -> None:
         "otherwise, files",
         "in the page cache. A run decodes once, and reads its batches from that file or from the feature cache while",
         "the step before is computed.",
-        "",
-        f"Measured on {hardware(versions['device'] if '(cpu)' not in versions['device'] else 'cpu')}: "
-        + ", ".join(f"{name} {version}" for name, version in versions.items())
-        + ".",
-        "",
+    ]
+    columns = [
         "| stage | images a second | range |",
         "| --- | --- | --- |",
     ]
     verdict = f"The input limits {', '.join(limited)}." if limited else "The input limits none of them: the step does."
-    settings.out.parent.mkdir(exist_ok=True)
-    settings.out.write_text("\n".join([*head, *rows, "", verdict]) + "\n")
+    write_table(settings.out, head, [*columns, *rows, "", verdict])
 
 
 if __name__ == "__main__":

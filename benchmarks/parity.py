@@ -10,7 +10,6 @@ float32 at the highest matmul precision: at the native size with the classifier,
 import dataclasses
 import os
 import pathlib
-import platform
 import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,7 +21,8 @@ import keras
 import numpy as np
 import tyro
 
-from jaxft import nets, port_weights, report
+from benchmarks.machine import write_table
+from jaxft import nets, port_weights
 from jaxft.progress import bar
 from tests.reference import densenet_scale, googlenet, inception_v3_v02, inception_v4, resnet_scale, resnet_v02
 
@@ -168,22 +168,17 @@ def main(settings: Settings) -> None:
             )
             print(rows[-1], flush=True)
             advance(1, name)
-    versions = report.versions()
     head = [
         "# Parity with Keras",
         "",
         "`python -m benchmarks.parity` writes this table: the largest max|Δ| / max|reference| over all stages,",
         "float32, random weights and BatchNorm statistics, ported from the file that Keras saved.",
-        "",
-        f"Measured on {platform.machine()}, {jax.devices()[0].device_kind}: "
-        + ", ".join(f"{package} {version}" for package, version in (versions | {"keras": keras.__version__}).items())
-        + ".",
-        "",
+    ]
+    columns = [
         "| net | reference | stages | native size: worst stage | logits | odd size, no classifier: worst stage |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    settings.out.parent.mkdir(exist_ok=True)
-    settings.out.write_text("\n".join([*head, *rows]) + "\n")
+    write_table(settings.out, head, [*columns, *rows], keras=keras.__version__)
 
 
 if __name__ == "__main__":

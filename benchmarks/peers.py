@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.machine import peak_bytes
+
 LR, MOMENTUM = 1e-4, 0.9
 CHECKED_STEPS = 2  # whose losses every side must share: before an update, and after it
 TIMM = ("vgg16", "vgg19", "resnet50", "resnet101", "resnet152", "inception_v3", "inception_v4")
@@ -243,11 +245,7 @@ def device(backend: str) -> tuple[str, Callable[[], Any], Callable[[], int]]:
         if first.platform != "cpu":
             return first.device_kind, lambda: None, lambda: first.memory_stats()["peak_bytes_in_use"]
 
-    def resident() -> int:
-        lines = pathlib.Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-
-    return "cpu", lambda: pathlib.Path("/proc/self/clear_refs").write_text("5"), resident
+    return "cpu", lambda: pathlib.Path("/proc/self/clear_refs").write_text("5"), peak_bytes
 
 
 def versions(side: str, backend: str) -> str:

@@ -11,7 +11,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import re
 import statistics
 import subprocess
 import sys
@@ -20,6 +19,8 @@ import time
 from typing import Any
 
 import numpy as np
+
+from benchmarks.machine import peak_bytes, write_table
 
 BATCH = 16
 TOLERANCE = 1e-3  # of the losses, relative
@@ -59,12 +60,6 @@ class Job:
     batch: str
     freeze: str
     frozen: tuple[str, ...]
-
-
-def peak_bytes() -> int:
-    """Of the memory of this process so far; not ru_maxrss, which it inherits from the one that started it."""
-    status = pathlib.Path("/proc/self/status").read_text()
-    return 1024 * int(re.findall(r"VmHWM:\s+(\d+)", status)[0])
 
 
 def jaxft(job: Job, facts: dict[str, Any]) -> float:
@@ -174,8 +169,6 @@ def measure(name: str, settings: Settings) -> tuple[list[str], str]:
 
 
 def main(settings: Settings) -> None:
-    from benchmarks.train import hardware
-    from jaxft import report
     from jaxft.progress import bar
 
     starts, porting = [], []
@@ -186,7 +179,6 @@ def main(settings: Settings) -> None:
             starts += rows
             porting.append(row)
             advance(1)
-    versions = report.versions()
     head = [
         "# The start of a run, beside Keras",
         "",
@@ -194,11 +186,8 @@ def main(settings: Settings) -> None:
         f"processes of each kind. `{settings.freeze}` is frozen, batch {BATCH} at the native size, float32. The total",
         "runs from the command to the first finished train step, with an empty cache of compiled programs and with a",
         "filled one.",
-        "",
-        f"Measured on {hardware('cpu' if '(cpu)' in versions['device'] else versions['device'])}: "
-        + ", ".join(f"{name} {version}" for name, version in versions.items())
-        + ".",
-        "",
+    ]
+    tables = [
         "| net | side | programs | import | build and fill | compile, first step | total |",
         "| --- | --- | --- | --- | --- | --- | --- |",
         *starts,
@@ -210,8 +199,7 @@ def main(settings: Settings) -> None:
         "| --- | --- | --- | --- | --- | --- |",
         *porting,
     ]
-    settings.out.parent.mkdir(exist_ok=True)
-    settings.out.write_text("\n".join(head) + "\n")
+    write_table(settings.out, head, tables)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ optimizer and the custom training step of its guide.
 import dataclasses
 import os
 import pathlib
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -25,7 +24,8 @@ import optax
 import tyro
 
 from benchmarks import parity
-from jaxft import nets, optim, report, train, train_state
+from benchmarks.machine import write_table
+from jaxft import nets, optim, train, train_state
 from jaxft.preprocess import PREPROCESSING
 
 BATCH = 8
@@ -96,22 +96,17 @@ def main(settings: Settings) -> None:
         ratio = statistics.median(ours / theirs for ours, theirs in times)
         rows.append(f"| {name} | {cells[0]} | {cells[1]} | {ratio:.2f} |")
         print(rows[-1], flush=True)
-    versions = report.versions() | {"keras": keras.__version__}
     head = [
         "# Building and tracing, beside Keras",
         "",
         "`python -m benchmarks.trace` writes this table: seconds to create a net with random weights and trace its",
         f"train step at the native size, batch {BATCH}; median (range) of {settings.repeats}, interleaved.",
-        "",
-        f"Measured on {platform.machine()}: "
-        + ", ".join(f"{name} {version}" for name, version in versions.items())
-        + ".",
-        "",
+    ]
+    columns = [
         "| net | jaxft | Keras on JAX | ratio |",
         "| --- | --- | --- | --- |",
     ]
-    settings.out.parent.mkdir(exist_ok=True)
-    settings.out.write_text("\n".join([*head, *rows]) + "\n")
+    write_table(settings.out, head, [*columns, *rows], keras=keras.__version__)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ import itertools
 import json
 import os
 import pathlib
-import platform
 import statistics
 import subprocess
 import sys
@@ -39,6 +38,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import parity, peers
+from benchmarks.machine import hardware
 from jaxft import masking, nets
 from jaxft.progress import bar
 
@@ -110,15 +110,6 @@ class Side:
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()
         self.process.wait()
-
-
-def hardware(kind: str) -> str:
-    """The GPU, or the processor with the number of its cores that this process may use."""
-    if kind != "cpu":
-        return kind
-    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{model}, {len(os.sched_getaffinity(0))} cores"
 
 
 def takes_part(peer: str, net: str, freeze: str) -> bool:
@@ -270,14 +261,14 @@ def main(settings: Settings) -> None:
         try:
             rows = measure(settings, name, freeze)
         except (Failed, ValueError) as error:  # one net has no such stage, say, or does not fit; the others go on
-            failed.append(f"{name} {freeze}: {error}")
-            print(failed[-1], file=sys.stderr)
+            failed.append(f"{name} {freeze}")
+            print(f"{failed[-1]}: {error}", file=sys.stderr)
             continue
         append(settings.table, rows)
         draw(settings.table)
         show(rows)
     if failed:
-        raise SystemExit("\n".join(["not measured:", *failed]))
+        raise SystemExit(f"not measured: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

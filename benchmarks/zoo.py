@@ -8,15 +8,15 @@ on one batch of stand-in State Farm images and one of solar cells: a net that is
 
 import dataclasses
 import pathlib
-import platform
 
 import jax
 import numpy as np
 import optax
 import tyro
 
+from benchmarks.machine import write_table
 from experiments.vgg16_statefarm import open_data
-from jaxft import fetch, nets, optim, report, train, train_state
+from jaxft import fetch, nets, optim, train, train_state
 from jaxft.data import Dataset, decode, elpv
 from jaxft.preprocess import PREPROCESSING
 
@@ -70,14 +70,12 @@ def main(settings: Settings) -> None:
         "`python -m benchmarks.zoo` writes this table. Parameters in millions, with classifier; 10⁹ multiply-adds of",
         f"an image of the native size. Loss on one batch of {BATCH} images of {SIZE}×{SIZE} pixels: the mean of the",
         f"first three and of the last three of {settings.steps} steps from random weights.",
-        "",
-        f"Measured on {platform.machine()}: " + ", ".join(f"{name} {v}" for name, v in report.versions().items()) + ".",
-        "",
+    ]
+    columns = [
         "| net | parameters | GMAC | loss, stand-in drivers | loss, solar cells |",
         "| --- | --- | --- | --- | --- |",
     ]
-    settings.out.parent.mkdir(exist_ok=True)
-    settings.out.write_text("\n".join([*head, *rows]) + "\n")
+    write_table(settings.out, head, [*columns, *rows])
 
 
 if __name__ == "__main__":
