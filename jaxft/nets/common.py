@@ -101,14 +101,61 @@ def check_size(net: str, images: jax.Array, smallest: int) -> None:
         raise ValueError(f"{net} needs images of at least {smallest}×{smallest} pixels, not {height}×{width}")
 
 
+class BatchNorm(nn.Module):
+    """Keras's BatchNormalization over the last axis: biased variance, in the running one too.
+
+    Attributes:
+        features: C, the length of that axis.
+        inference: normalise by the running statistics and leave them.
+        momentum, epsilon: as Keras's.
+        use_scale: whether there is a gamma.
+        dtype: of the output; statistics and parameters are float32, as is the arithmetic.
+    """
+
+    features: int
+    inference: bool
+    momentum: float
+    epsilon: float
+    use_scale: bool
+    dtype: DTypeLike
+
+    def setup(self) -> None:
+        shape = (self.features,)
+        self.running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
+        self.running_var = self.variable("batch_stats", "var", jnp.ones, shape)
+        self.gamma = self.param("scale", nn.initializers.ones, shape) if self.use_scale else jnp.ones(shape)
+        self.beta = self.param("bias", nn.initializers.zeros, shape)
+
+    def affine(self) -> tuple[jax.Array, jax.Array]:
+        """(factor, shift), float32 [C]: in inference, x becomes factor · x + shift."""
+        factor = lax.rsqrt(self.running_var.value + self.epsilon) * self.gamma
+        return factor, self.beta - self.running_mean.value * factor
+
+    def __call__(self, x: jax.Array, shift: jax.Array | None = None) -> jax.Array:
+        """Of x + shift, where shift [C] is the bias of a convolution that has not been added yet.
+
+        The mean of a batch takes it out again, so that in training its gradient is zero and no more than the running
+        mean depends on it.
+        """
+        if self.inference:
+            x = x if shift is None else x + shift
+            mean, factor = self.running_mean.value, self.affine()[0]
+            return ((x - mean) * factor + self.beta).astype(self.dtype)
+        y, mean, var = normalise(x, self.gamma, self.beta, self.epsilon)
+        mean = mean if shift is None else mean + lax.stop_gradient(shift)
+        if not self.is_initializing():
+            for running, batch in ((self.running_mean, mean), (self.running_var, var)):
+                running.value = self.momentum * running.value + (1 - self.momentum) * batch
+        return y.astype(self.dtype)
+
+
 class Conv(nn.Module):
     """A convolution with Keras's initializer.
 
     Attributes:
         features, kernel_size, strides, padding: as of `flax.linen.Conv`, with one stride for both axes.
         use_bias: whether there is a bias.
-        relu: whether a ReLU follows.
-        apart: the bias is not added; the result is (output, bias), for a BatchNorm that takes it as `shift`.
+        relu: whether a ReLU follows, behind the BatchNorm if there is one.
         dtype: of the computation; parameters are float32.
     """
 
@@ -118,19 +165,23 @@ class Conv(nn.Module):
     padding: Padding = "SAME"
     use_bias: bool = True
     relu: bool = False
-    apart: bool = False
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> Any:
+    def __call__(self, x: jax.Array, norm: BatchNorm | None = None) -> jax.Array:
+        """x [B, H, W, C], through `norm` too, which in inference is part of the convolution."""
         kernel_shape = (*self.kernel_size, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.glorot_uniform(), kernel_shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
-        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-        options = {"strides": self.strides, "padding": self.padding}
-        if self.apart:
-            return convolve(x, kernel, **options), bias
-        return convolve(x, kernel, bias, relu=self.relu, **options)
+        x, options = x.astype(self.dtype), {"strides": self.strides, "padding": self.padding}
+        if norm is None:
+            return convolve(x, kernel, bias, relu=self.relu, **options)
+        if norm.inference:
+            factor, shift = norm.affine()
+            shift = shift if bias is None else shift + bias * factor
+            return convolve(x, kernel, shift, factor=factor, relu=self.relu, **options)
+        x = norm(convolve(x, kernel, **options), bias)
+        return nn.relu(x) if self.relu else x
 
 
 def conv(
@@ -142,51 +193,12 @@ def conv(
     strides: int = 1,
     padding: Padding = "SAME",
     bias: bool = True,
+    norm: BatchNorm | None = None,
     relu: bool = False,
     dtype: DTypeLike,
 ) -> jax.Array:
     """A convolution and what follows it at once; to be called inside a compact module."""
-    return Conv(width, kernel, strides, padding, bias, relu, dtype=dtype, name=name)(x)
-
-
-class BatchNorm(nn.Module):
-    """Keras's BatchNormalization over the last axis: biased variance, in the running one too.
-
-    Attributes:
-        inference: normalise by the running statistics and leave them.
-        momentum, epsilon: as Keras's.
-        use_scale: whether there is a gamma.
-        dtype: of the output; statistics and parameters are float32, as is the arithmetic.
-    """
-
-    inference: bool
-    momentum: float
-    epsilon: float
-    use_scale: bool
-    dtype: DTypeLike
-
-    @nn.compact
-    def __call__(self, x: jax.Array, shift: jax.Array | None = None) -> jax.Array:
-        """Of x + shift, where shift [C] is the bias of a convolution that has not been added yet.
-
-        The mean of a batch takes it out again, so that in training its gradient is zero and no more than the running
-        mean depends on it.
-        """
-        shape = x.shape[-1:]
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
-        running_var = self.variable("batch_stats", "var", jnp.ones, shape)
-        scale = self.param("scale", nn.initializers.ones, shape) if self.use_scale else jnp.ones(shape)
-        bias = self.param("bias", nn.initializers.zeros, shape)
-        if self.inference:
-            x = x if shift is None else x + shift
-            y = (x - running_mean.value) * (lax.rsqrt(running_var.value + self.epsilon) * scale) + bias
-            return y.astype(self.dtype)
-        y, mean, var = normalise(x, scale, bias, self.epsilon)
-        mean = mean if shift is None else mean + lax.stop_gradient(shift)
-        if not self.is_initializing():
-            for running, batch in ((running_mean, mean), (running_var, var)):
-                running.value = self.momentum * running.value + (1 - self.momentum) * batch
-        return y.astype(self.dtype)
+    return Conv(width, kernel, strides, padding, bias, relu, dtype=dtype, name=name)(x, norm)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -225,19 +237,18 @@ normalise.defvjp(_normalise_forward, _normalise_backward)
 
 
 def batch_norm(
-    x: jax.Array,
     name: str,
+    width: int,
     *,
     train: bool,
     frozen: Collection[str],
     epsilon: float,
     momentum: float = 0.99,
     scale: bool = True,
-    shift: jax.Array | None = None,
     dtype: DTypeLike,
-) -> jax.Array:
+) -> BatchNorm:
     """A BatchNorm, in inference mode where its name is frozen; to be called inside a compact module."""
-    return BatchNorm(not train or name in frozen, momentum, epsilon, scale, dtype, name=name)(x, shift)
+    return BatchNorm(width, not train or name in frozen, momentum, epsilon, scale, dtype, name=name)
 
 
 class Scale(nn.Module):

@@ -33,7 +33,6 @@ Pads = tuple[tuple[int, int], tuple[int, int]]  # ((above, below), (left, right)
 Finish = Callable[[jax.Array], jax.Array]  # what is done to a chunk of the output at once
 
 MIN_MACS = 2**25  # multiply-adds of the batch: less is done in a millisecond, and not worth the longer compilation
-MIN_ROWS = 12  # smaller maps waste too much of their tiles
 MIN_CHANNELS = 32  # fewer make products too thin to pay for the transforms
 CHUNK_PIXELS = 56 * 56  # of the images that are transformed at once: their planes stay in the cache of a core
 
@@ -187,12 +186,12 @@ def tap_kernel_gradient(x: jax.Array, dy: jax.Array, size: tuple[int, int], stri
     return taps(x, dy) if size == (1, 1) else _sum_by_chunks(taps, x, dy)
 
 
-def patch_output(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads) -> jax.Array:
+def patch_output(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads, finish: Finish = _same) -> jax.Array:
     """x [B, H, W, C] ∗ kernel [h, w, C, D]: a product of the kernel and the pixels of each window, side by side."""
 
     def chunk(x: jax.Array) -> jax.Array:
         patches = jnp.concatenate(windows(x, kernel.shape[:2], (stride, stride), pads), -1)
-        return patches @ kernel.reshape(-1, kernel.shape[3])
+        return finish(patches @ kernel.reshape(-1, kernel.shape[3]))
 
     return _by_chunks(chunk, x)
 
@@ -239,10 +238,9 @@ def product_input_gradient(dy: jax.Array, kernel: jax.Array, stride: int, height
     return lax.pad(dy @ kernel[0, 0].T, jnp.zeros((), dy.dtype), ((0, 0, 0), *ends, (0, 0, 0)))
 
 
-def _minimal(x: jax.Array, kernel: jax.Array, stride: int) -> Callable[..., jax.Array] | None:
+def _minimal(kernel: jax.Array, stride: int) -> Callable[..., jax.Array] | None:
     """The minimal filtering that serves this convolution faster than XLA's own, if one does."""
-    wide, large = min(kernel.shape[2:]) >= MIN_CHANNELS, min(x.shape[1:3]) >= MIN_ROWS
-    if stride > 1 or not wide or not large:
+    if stride > 1 or min(kernel.shape[2:]) < MIN_CHANNELS:
         return None
     return {(3, 3): winograd_output, (7, 1): line_output, (1, 7): line_output}.get(kernel.shape[:2])
 
@@ -252,18 +250,37 @@ def _strided(kernel: jax.Array, stride: int) -> bool:
     return stride > 1 and min(kernel.shape[:2]) >= stride and min(kernel.shape[2:]) >= MIN_CHANNELS
 
 
+def _kernel_gradient(x: jax.Array, dy: jax.Array, kernel: jax.Array, stride: int, pads: Pads) -> jax.Array:
+    if _minimal(kernel, stride) is winograd_output:
+        return winograd_kernel_gradient(x, dy, pads)
+    return tap_kernel_gradient(x, dy, kernel.shape[:2], stride, pads)
+
+
+def _input_gradient(x: jax.Array, dy: jax.Array, kernel: jax.Array, stride: int, pads: Pads) -> jax.Array:
+    if kernel.shape[:2] == (1, 1):
+        return product_input_gradient(dy, kernel, stride, *x.shape[1:3])
+    if output := _minimal(kernel, stride):
+        around = [(k - 1 - low, k - 1 - high) for k, (low, high) in zip(kernel.shape[:2], pads, strict=True)]
+        return output(dy, kernel[::-1, ::-1].swapaxes(2, 3), tuple(around))
+    if _strided(kernel, stride):
+        return patch_input_gradient(dy, kernel, stride, pads, *x.shape[1:3])
+    return jax.linear_transpose(lambda x: _direct(x, kernel, stride, pads), x)(dy)[0]
+
+
 def convolve(
     x: jax.Array,
     kernel: jax.Array,
     bias: jax.Array | None = None,
     *,
+    factor: jax.Array | None = None,
     relu: bool = False,
     strides: int = 1,
     padding: str | Sequence[tuple[int, int]] = "SAME",
 ) -> jax.Array:
-    """x [B, H, W, C] ∗ kernel [h, w, C, D], plus bias [D], through a ReLU: [B, H', W', D].
+    """x [B, H, W, C] ∗ kernel [h, w, C, D], times factor [D], plus bias [D], through a ReLU: [B, H', W', D].
 
-    XLA's own convolution where the default backend is no CPU, in other precisions than float32, and of little work.
+    XLA's own convolution, with the factor in its kernel, where the default backend is no CPU, in other precisions of x
+    than float32, and of little work.
     """
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], (strides, strides), padding)
@@ -272,11 +289,14 @@ def convolve(
     padded_product = kernel.shape[:2] == (1, 1) and any((above, below, left, right))
     cropped = min(above, below, left, right) < 0
     if jax.default_backend() != "cpu" or x.dtype != jnp.float32 or macs < MIN_MACS or padded_product or cropped:
-        return _finish(_direct(x, kernel, strides, pads), bias, relu)
-    return _conv(x, kernel, bias, relu, strides, pads)
+        kernel = kernel if factor is None else kernel * factor
+        bias = bias if bias is None else bias.astype(x.dtype)
+        return _finish(_direct(x, kernel.astype(x.dtype), strides, pads), None, bias, relu)
+    return _conv(x, kernel, factor, bias, relu, strides, pads)
 
 
-def _finish(y: jax.Array, bias: jax.Array | None, relu: bool) -> jax.Array:
+def _finish(y: jax.Array, factor: jax.Array | None, bias: jax.Array | None, relu: bool) -> jax.Array:
+    y = y if factor is None else y * factor
     y = y if bias is None else y + bias
     return nn.relu(y) if relu else y
 
@@ -285,39 +305,41 @@ def _direct(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads) -> jax.Arr
     return lax.conv_general_dilated(x, kernel, (stride, stride), pads, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _conv(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, relu: bool, stride: int, pads: Pads) -> jax.Array:
-    finish = partial(_finish, bias=bias, relu=relu)
-    if output := _minimal(x, kernel, stride):
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _conv(
+    x: jax.Array,
+    kernel: jax.Array,
+    factor: jax.Array | None,
+    bias: jax.Array | None,
+    relu: bool,
+    stride: int,
+    pads: Pads,
+) -> jax.Array:
+    finish = partial(_finish, factor=factor, bias=bias, relu=relu)
+    if output := _minimal(kernel, stride):
         return output(x, kernel, pads, finish)
     if kernel.shape[:2] == (1, 1):
         return finish(product(x, kernel, stride))
     if _strided(kernel, stride):
-        return finish(patch_output(x, kernel, stride, pads))
+        return patch_output(x, kernel, stride, pads, finish)
     return finish(_direct(x, kernel, stride, pads))
 
 
-def _forward(x, kernel, bias, relu, stride, pads):
-    y = _conv(x, kernel, bias, relu, stride, pads)
-    return y, (x, kernel, bias is not None, y if relu else None)
+def _forward(x, kernel, factor, bias, relu, stride, pads):
+    y = _conv(x, kernel, factor, bias, relu, stride, pads)
+    return y, (x, kernel, factor, bias is not None, y if relu else None)
 
 
 def _backward(relu, stride, pads, saved, dy):
-    x, kernel, biased, y = saved
+    x, kernel, factor, biased, y = saved
     dy = jnp.where(y > 0, dy, 0) if relu else dy
     of_bias = dy.sum((0, 1, 2)) if biased else None
-    if kernel.shape[:2] == (1, 1):
-        of_x = product_input_gradient(dy, kernel, stride, *x.shape[1:3])
-    elif output := _minimal(x, kernel, stride):
-        around = [(k - 1 - low, k - 1 - high) for k, (low, high) in zip(kernel.shape[:2], pads, strict=True)]
-        of_x = output(dy, kernel[::-1, ::-1].swapaxes(2, 3), tuple(around))
-        if output is winograd_output:
-            return of_x, winograd_kernel_gradient(x, dy, pads), of_bias
-    elif _strided(kernel, stride):
-        of_x = patch_input_gradient(dy, kernel, stride, pads, *x.shape[1:3])
-    else:
-        of_x = jax.linear_transpose(lambda x: _direct(x, kernel, stride, pads), x)(dy)[0]
-    return of_x, tap_kernel_gradient(x, dy, kernel.shape[:2], stride, pads), of_bias
+    scaled = kernel if factor is None else kernel * factor
+    of_x = _input_gradient(x, dy, scaled, stride, pads)
+    of_kernel = _kernel_gradient(x, dy, kernel, stride, pads)
+    if factor is None:
+        return of_x, of_kernel, None, of_bias
+    return of_x, of_kernel * factor, (of_kernel * kernel).sum((0, 1, 2)), of_bias
 
 
 _conv.defvjp(_forward, _backward)

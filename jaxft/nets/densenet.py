@@ -1,6 +1,8 @@
 """DenseNet-121, 161, 169 and 201 (Huang et al., 2016, arXiv:1608.06993, table 1), with and without Scale layers."""
 
+from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -83,23 +85,32 @@ class DenseNet(nn.Module):
         if start is None:
             check_size("DenseNet", images, 32)
 
-        def norm_relu(x: jax.Array, name: str) -> jax.Array:
-            norm, *scale = self._norm(name)
-            epsilon = 1.1e-5 if self.scale else 1.001e-5
-            x = batch_norm(x, norm, train=train, frozen=self.frozen, epsilon=epsilon, dtype=self.dtype)
-            return nn.relu(Scale(self.dtype, name=scale[0])(x) if scale else x)
-
+        epsilon = 1.1e-5 if self.scale else 1.001e-5
+        norm = partial(batch_norm, train=train, frozen=self.frozen, epsilon=epsilon, dtype=self.dtype)
         convolve = partial(conv, bias=False, dtype=self.dtype)
 
+        def scale_relu(x: jax.Array, names: Sequence[str]) -> jax.Array:
+            for name in names:
+                x = Scale(self.dtype, name=name)(x)
+            return nn.relu(x)
+
+        def norm_relu(x: jax.Array, stem: str) -> jax.Array:
+            name, *scale = self._norm(stem)
+            return scale_relu(norm(name, x.shape[-1])(x), scale)
+
+        def conv_norm_relu(x: jax.Array, conv: str, stem: str, width: int, *options: Any, **more: Any) -> jax.Array:
+            name, *scale = self._norm(stem)
+            x = convolve(x, conv, width, *options, norm=norm(name, width), relu=not scale, **more)
+            return scale_relu(x, scale) if scale else x
+
         def stem(x: jax.Array) -> jax.Array:
-            x = convolve(x, self._stem, self.stem_width, (7, 7), strides=2, padding=((3, 3), (3, 3)))
-            return norm_relu(x, "conv1")
+            padding = ((3, 3), (3, 3))
+            return conv_norm_relu(x, self._stem, "conv1", self.stem_width, (7, 7), strides=2, padding=padding)
 
         def dense(x: jax.Array, s: int, b: int) -> jax.Array:
             _, norms, convs = self._dense(s, b)
-            y = convolve(norm_relu(x, norms[0]), convs[0], 4 * self.growth, (1, 1))
-            y = convolve(norm_relu(y, norms[1]), convs[1], self.growth, (3, 3))
-            return jnp.concatenate([x, y], -1)
+            y = conv_norm_relu(norm_relu(x, norms[0]), convs[0], norms[1], 4 * self.growth, (1, 1))
+            return jnp.concatenate([x, convolve(y, convs[1], self.growth, (3, 3))], -1)
 
         def transition(x: jax.Array, s: int) -> jax.Array:
             _, norm, name = self._transition(s)

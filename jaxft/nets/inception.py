@@ -244,6 +244,16 @@ class Inception(nn.Module):
         return x
 
     def _conv_bn(self, x: jax.Array, part: Conv, train: bool) -> jax.Array:
+        norm = batch_norm(
+            f"batch_normalization_{part.number}",
+            part.width,
+            train=train,
+            frozen=self.frozen,
+            epsilon=1e-3,
+            momentum=self.momentum,
+            scale=self.relu_first,
+            dtype=self.dtype,
+        )
         x = conv(
             x,
             f"conv2d_{part.number}",
@@ -252,20 +262,11 @@ class Inception(nn.Module):
             strides=part.strides,
             padding=part.padding,
             bias=self.relu_first,
-            relu=self.relu_first,
+            norm=None if self.relu_first else norm,
+            relu=True,
             dtype=self.dtype,
         )
-        x = batch_norm(
-            x,
-            f"batch_normalization_{part.number}",
-            train=train,
-            frozen=self.frozen,
-            epsilon=1e-3,
-            momentum=self.momentum,
-            scale=self.relu_first,
-            dtype=self.dtype,
-        )
-        return x if self.relu_first else nn.relu(x)
+        return norm(x) if self.relu_first else x
 
 
 def _spec(net: partial[Inception], **row: Any) -> Spec:

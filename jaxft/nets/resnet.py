@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxft.nets.common import Conv, Scale, Spec, Stage, batch_norm, check_size, classify, fold, published
+from jaxft.nets.common import Conv, Padding, Scale, Spec, Stage, batch_norm, check_size, classify, fold, published
 from jaxft.nets.cpu_pool import max_pool
 
 WIDTHS = (64, 128, 256, 512)  # of the 3×3 convolutions of stages 2 to 5; blocks end four times as wide
@@ -109,7 +109,7 @@ class ResNet(nn.Module):
             check_size("ResNet", images, 32)
         pool_padding = VARIANTS[self.variant].pool_padding
         stages: list[Stage] = [
-            ("conv1", lambda x: nn.relu(self._conv_bn(x, "", "", 64, 7, train, strides=2, padding=((3, 3), (3, 3))))),
+            ("conv1", lambda x: self._conv_bn(x, "", "", 64, 7, train, strides=2, padding=((3, 3), (3, 3)))),
             # Keras pads with zeros, which behind a ReLU is the same as no padding.
             ("pool1", lambda x: max_pool(x, (3, 3), (2, 2), padding=((pool_padding, pool_padding),) * 2)),
         ]
@@ -146,19 +146,34 @@ class ResNet(nn.Module):
         scale = (f"scale{at}",) if form.scale and not self.fold_scale else ()
         return (f"res{at}" if block else "conv1", f"bn{at}", *scale)
 
-    def _conv_bn(self, x, block, branch, width, size, train, strides=1, padding="SAME") -> jax.Array:
+    def _conv_bn(
+        self,
+        x: jax.Array,
+        block: str,
+        branch: str,
+        width: int,
+        size: int,
+        train: bool,
+        strides: int = 1,
+        padding: Padding = "SAME",
+        relu: bool = True,
+    ) -> jax.Array:
         form = VARIANTS[self.variant]
-        name, norm, *scale = self._unit(block, branch)
-        x, bias = Conv(width, (size, size), strides, padding, form.bias, apart=True, dtype=self.dtype, name=name)(x)
+        name, norm_name, *scale = self._unit(block, branch)
         options = {"train": train, "frozen": self.frozen, "epsilon": form.epsilon, "dtype": self.dtype}
-        x = batch_norm(x, norm, shift=bias, **options)
-        return Scale(self.dtype, name=scale[0])(x) if scale else x
+        norm = batch_norm(norm_name, width, **options)
+        at_once = relu and not scale
+        x = Conv(width, (size, size), strides, padding, form.bias, at_once, self.dtype, name=name)(x, norm)
+        if not scale:
+            return x
+        x = Scale(self.dtype, name=scale[0])(x)
+        return nn.relu(x) if relu else x
 
     def _block(self, x: jax.Array, block: str, width: int, strides: int, train: bool) -> jax.Array:
-        shortcut = self._conv_bn(x, block, "1", 4 * width, 1, train, strides) if strides else x
-        x = nn.relu(self._conv_bn(x, block, "2a", width, 1, train, strides or 1))
-        x = nn.relu(self._conv_bn(x, block, "2b", width, 3, train))
-        x = self._conv_bn(x, block, "2c", 4 * width, 1, train)
+        shortcut = self._conv_bn(x, block, "1", 4 * width, 1, train, strides, relu=False) if strides else x
+        x = self._conv_bn(x, block, "2a", width, 1, train, strides or 1)
+        x = self._conv_bn(x, block, "2b", width, 3, train)
+        x = self._conv_bn(x, block, "2c", 4 * width, 1, train, relu=False)
         return nn.relu(x + shortcut)
 
 
