@@ -9,6 +9,7 @@ processor's speed or less, and 1×1 convolutions at half of it. Here
 - 7×1 and 1×7 ones are two F(2, 3) and a tap: 10 products where there were 14,
 - others at a stride are products with the pixels under each window laid side by side, forward and backward, unless
   they have few channels,
+- 5×5 ones, and those of images at a stride, take the rows of each window side by side and add up columns, forward,
 - the gradient of any other kernel is a product for each of its taps.
 
 All stay within float32 rounding of the direct sum: the kernels' gradients are nearer to it than XLA's.
@@ -34,6 +35,7 @@ Finish = Callable[[jax.Array], jax.Array]  # what is done to a chunk of the outp
 
 MIN_MACS = 2**25  # multiply-adds of the batch: less is done in a millisecond, and not worth the longer compilation
 MIN_CHANNELS = 32  # fewer make products too thin to pay for the transforms
+IMAGE_CHANNELS = 4  # no more are laid side by side with those of the next pixel
 CHUNK_PIXELS = 56 * 56  # of the images that are transformed at once: their planes stay in the cache of a core
 
 
@@ -196,6 +198,30 @@ def patch_output(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads, finis
     return _by_chunks(chunk, x)
 
 
+def row_output(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads, finish: Finish = _same) -> jax.Array:
+    """x [B, H, W, C] ∗ kernel [h, w, C, D]: a product of what lies side by side in each window's rows, then a sum.
+
+    `stride` pixels of a row count as one of that many times the channels. The product gives what each column of the
+    kernel adds to the output, and where it does is a step further on for each.
+    """
+    rows, columns = (
+        (side + sum(pad) - k) // stride + 1 for side, pad, k in zip(x.shape[1:3], pads, kernel.shape[:2], strict=True)
+    )
+    reach = -(-kernel.shape[1] // stride)
+    width, (left, _) = stride * (columns + reach - 1), pads[1]
+    wide = jnp.pad(kernel, ((0, 0), (0, stride * reach - kernel.shape[1]), (0, 0), (0, 0)))
+    wide = wide.reshape(len(kernel), reach, -1, kernel.shape[3]).swapaxes(1, 2).reshape(-1, reach * kernel.shape[3])
+
+    def chunk(x: jax.Array) -> jax.Array:
+        ends = (0, 0, 0), (*pads[0], 0), (left, width - left - x.shape[2], 0), (0, 0, 0)
+        x = lax.pad(x, jnp.zeros((), x.dtype), ends).reshape(len(x), -1, width // stride, stride * x.shape[3])
+        below = windows(x, (len(kernel), 1), (stride, 1), ((0, 0), (0, 0)))
+        products = jnp.split(jnp.concatenate(below, -1) @ wide, reach, -1)
+        return finish(sum(product[:, :rows, j : j + columns] for j, product in enumerate(products)))
+
+    return _by_chunks(chunk, x)
+
+
 def patch_input_gradient(
     dy: jax.Array, kernel: jax.Array, stride: int, pads: Pads, height: int, width: int
 ) -> jax.Array:
@@ -259,12 +285,22 @@ def _kernel_gradient(x: jax.Array, dy: jax.Array, kernel: jax.Array, stride: int
 def _input_gradient(x: jax.Array, dy: jax.Array, kernel: jax.Array, stride: int, pads: Pads) -> jax.Array:
     if kernel.shape[:2] == (1, 1):
         return product_input_gradient(dy, kernel, stride, *x.shape[1:3])
-    if output := _minimal(kernel, stride):
+    output = _minimal(kernel, stride) or (
+        partial(row_output, stride=1) if stride == 1 and _by_rows(kernel, 1) else None
+    )
+    if output:
         around = [(k - 1 - low, k - 1 - high) for k, (low, high) in zip(kernel.shape[:2], pads, strict=True)]
-        return output(dy, kernel[::-1, ::-1].swapaxes(2, 3), tuple(around))
+        return output(dy, kernel[::-1, ::-1].swapaxes(2, 3), pads=tuple(around))
     if _strided(kernel, stride):
         return patch_input_gradient(dy, kernel, stride, pads, *x.shape[1:3])
     return jax.linear_transpose(lambda x: _direct(x, kernel, stride, pads), x)(dy)[0]
+
+
+def _by_rows(kernel: jax.Array, stride: int) -> bool:
+    """Whether products of rows are faster than XLA's own convolution."""
+    height, width, channels = kernel.shape[:3]
+    image = stride > 1 and channels <= IMAGE_CHANNELS and width >= stride
+    return image or (stride == 1 and min(height, width) >= 5 and min(kernel.shape[2:]) >= MIN_CHANNELS)
 
 
 def convolve(
@@ -322,6 +358,8 @@ def _conv(
         return finish(product(x, kernel, stride))
     if _strided(kernel, stride):
         return patch_output(x, kernel, stride, pads, finish)
+    if _by_rows(kernel, stride):
+        return row_output(x, kernel, stride, pads, finish)
     return finish(_direct(x, kernel, stride, pads))
 
 

@@ -1,7 +1,9 @@
-"""Max pooling whose gradient is cheap on a CPU. Other platforms get XLA's own.
+"""Pooling that is cheap on a CPU. Other platforms get XLA's own.
 
-For the gradient, XLA's CPU backend looks for the largest pixel of each window again, with four arrays of indices as
-large as the images. Here the forward pass notes in one byte where in its window that pixel lies: the first one in the
+Means are sums along one axis, then along the other, of shifted images, which XLA's CPU backend computes on every core.
+
+For the gradient of the maximum, XLA's CPU backend looks for the largest pixel of each window again, with four arrays of
+indices as large as the images. Here the forward pass notes in one byte where in its window that pixel lies: the first one in the
 order of rows, as XLA does. Outputs are the same bits, and gradients too where windows do not overlap.
 """
 
@@ -32,6 +34,25 @@ def max_pool(
     if min(map(min, pads)) < 0:
         return nn.max_pool(x, window, strides, padding)
     return _pool(x, window, strides, pads)
+
+
+def avg_pool(
+    x: jax.Array, window: Pair, strides: Pair = (1, 1), padding: str | Sequence[tuple[int, int]] = "VALID"
+) -> jax.Array:
+    """As `flax.linen.avg_pool` with `count_include_pad=False`, x [B, H, W, C]."""
+    if jax.default_backend() != "cpu":
+        return nn.avg_pool(x, window, strides, padding, count_include_pad=False)
+    if isinstance(padding, str):
+        padding = lax.padtype_to_pads(x.shape[1:3], window, strides, padding)
+    for axis, (k, stride, (low, high)) in enumerate(zip(window, strides, padding, strict=True)):
+        side, unit, pads = x.shape[1 + axis], [1, 1], [(0, 0), (0, 0)]
+        first = np.arange(0, side + low + high - k + 1, stride) - low
+        inside = np.minimum(first + k, side) - np.maximum(first, 0)
+        size, steps = list(unit), list(unit)
+        size[axis], steps[axis], pads[axis] = k, stride, (int(low), int(high))
+        total = sum(windows(x, tuple(size), tuple(steps), tuple(pads)))
+        x = total / np.expand_dims(inside, [1, 2] if axis == 0 else [1]).astype(x.dtype)
+    return x
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxft.nets.common import Spec, Stage, batch_norm, check_size, classify, conv, fold, published
-from jaxft.nets.cpu_pool import max_pool
+from jaxft.nets.cpu_pool import avg_pool, max_pool
 
 
 class Conv(NamedTuple):
@@ -240,7 +240,7 @@ class Inception(nn.Module):
             elif part.kind == "max":
                 x = max_pool(x, (3, 3), (part.strides,) * 2, part.padding)
             else:
-                x = nn.avg_pool(x, (3, 3), (part.strides,) * 2, part.padding, count_include_pad=False)
+                x = avg_pool(x, (3, 3), (part.strides,) * 2, part.padding)
         return x
 
     def _conv_bn(self, x: jax.Array, part: Conv, train: bool) -> jax.Array:
