@@ -131,22 +131,29 @@ class BatchNorm(nn.Module):
         factor = lax.rsqrt(self.running_var.value + self.epsilon) * self.gamma
         return factor, self.beta - self.running_mean.value * factor
 
-    def __call__(self, x: jax.Array, shift: jax.Array | None = None) -> jax.Array:
-        """Of x + shift, where shift [C] is the bias of a convolution that has not been added yet.
+    def offset(self) -> jax.Array:
+        """[C] of `dtype`: what `of_batch` wants taken off, as statistics of numbers near zero lose no digits."""
+        return self.running_mean.value.astype(self.dtype)
 
-        The mean of a batch takes it out again, so that in training its gradient is zero and no more than the running
-        mean depends on it.
+    def of_batch(self, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+        """x [..., C], by the statistics of the batch, which the running ones follow.
+
+        Args:
+            x: less the offset.
+            bias: [C] of a convolution that has not been added to x. The mean takes it out again, so that its gradient
+                is zero and no more than the running mean depends on it.
         """
-        if self.inference:
-            x = x if shift is None else x + shift
-            mean, factor = self.running_mean.value, self.affine()[0]
-            return ((x - mean) * factor + self.beta).astype(self.dtype)
         y, mean, var = normalise(x, self.gamma, self.beta, self.epsilon)
-        mean = mean if shift is None else mean + lax.stop_gradient(shift)
+        mean = mean + self.offset() if bias is None else mean + self.offset() + lax.stop_gradient(bias)
         if not self.is_initializing():
             for running, batch in ((self.running_mean, mean), (self.running_var, var)):
                 running.value = self.momentum * running.value + (1 - self.momentum) * batch
         return y.astype(self.dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if not self.inference:
+            return self.of_batch(x - self.offset())
+        return ((x - self.running_mean.value) * self.affine()[0] + self.beta).astype(self.dtype)
 
 
 class Conv(nn.Module):
@@ -180,7 +187,7 @@ class Conv(nn.Module):
             factor, shift = norm.affine()
             shift = shift if bias is None else shift + bias * factor
             return convolve(x, kernel, shift, factor=factor, relu=self.relu, **options)
-        x = norm(convolve(x, kernel, **options), bias)
+        x = norm.of_batch(convolve(x, kernel, -norm.offset(), **options), bias)
         return nn.relu(x) if self.relu else x
 
 
@@ -207,13 +214,14 @@ def normalise(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """x [..., C] by the mean and biased variance of each channel → (float32 [..., C], mean [C], variance [C]).
 
-    Its gradient is written out: it keeps x alone, where the derivative of each operation would keep what it made of x,
-    and reads x and the output's gradient twice.
+    The variance is E[x²] - E[x]², which is as good as E[(x - E[x])²] where the mean is no larger than some standard
+    deviations, and needs no copy of x. The gradient is written out: it keeps x alone, where the derivative of each
+    operation would keep what it made of x, and reads x and the output's gradient twice.
     """
     axes = tuple(range(x.ndim - 1))
     x = x.astype(jnp.float32)
     mean = x.mean(axes)
-    var = jnp.square(x - mean).mean(axes)  # E[x²] - E[x]² cancels; Keras subtracts the mean first
+    var = jnp.maximum(jnp.square(x).mean(axes) - jnp.square(mean), 0)
     return (x - mean) * (lax.rsqrt(var + epsilon) * scale) + bias, mean, var
 
 
@@ -226,10 +234,11 @@ def _normalise_backward(epsilon, saved, gradients):
     x, scale, mean, var = saved
     dy, dmean, dvar = gradients
     axes, n = tuple(range(x.ndim - 1)), x.size // x.shape[-1]
-    centred, inverse = x.astype(jnp.float32) - mean, lax.rsqrt(var + epsilon)
-    of_bias, of_scale = dy.sum(axes), (dy * centred).sum(axes) * inverse
+    x32, inverse = x.astype(jnp.float32), lax.rsqrt(var + epsilon)
+    of_bias = dy.sum(axes)
+    of_scale = ((dy * x32).sum(axes) - mean * of_bias) * inverse
     slope = 2 * dvar - inverse * inverse * scale * of_scale
-    dx = inverse * scale * dy + (centred * slope + (dmean - inverse * scale * of_bias)) / n
+    dx = inverse * scale * dy + ((x32 - mean) * slope + (dmean - inverse * scale * of_bias)) / n
     return dx.astype(x.dtype), of_scale, of_bias
 
 

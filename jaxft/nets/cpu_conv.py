@@ -9,7 +9,7 @@ processor's speed or less, and 1×1 convolutions at half of it. Here
 - 7×1 and 1×7 ones are two F(2, 3) and a tap: 10 products where there were 14,
 - others at a stride are products with the pixels under each window laid side by side, forward and backward, unless
   they have few channels,
-- 5×5 ones, and those of images at a stride, take the rows of each window side by side and add up columns, forward,
+- 5×5 ones, and those of images at a stride, take the rows of each window side by side and add up columns,
 - the gradient of any other kernel is a product for each of its taps.
 
 All stay within float32 rounding of the direct sum: the kernels' gradients are nearer to it than XLA's.
@@ -77,16 +77,18 @@ def _tiles(x: jax.Array, pads: Pads) -> Planes:
     return [[x[:, row, column] for column in columns] for row in rows]
 
 
-def _chunks(x: jax.Array, like: jax.Array | None = None) -> jax.Array:
+def _chunks(x: jax.Array, like: jax.Array | jax.ShapeDtypeStruct | None = None) -> jax.Array:
     """[B, H, W, C] → [chunks, images of one, H, W, C], with as many images as a chunk of `like` has."""
     most = CHUNK_PIXELS // math.prod((x if like is None else like).shape[1:3])
     images = max(n for n in range(1, max(1, most) + 1) if len(x) % n == 0)
     return x.reshape(-1, images, *x.shape[1:])
 
 
-def _by_chunks(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    """function(x), of an x [B, H, W, C] whose images do not depend on each other."""
-    y = lax.map(function, _chunks(x))
+def _by_chunks(
+    function: Callable[[jax.Array], jax.Array], x: jax.Array, like: jax.ShapeDtypeStruct | None = None
+) -> jax.Array:
+    """function(x), of an x [B, H, W, C] whose images do not depend on each other; `like` as of `_chunks`."""
+    y = lax.map(function, _chunks(x, like))
     return y.reshape(len(x), *y.shape[2:])
 
 
@@ -199,25 +201,23 @@ def patch_output(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads, finis
 
 
 def row_output(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads, finish: Finish = _same) -> jax.Array:
-    """x [B, H, W, C] ∗ kernel [h, w, C, D]: a product of what lies side by side in each window's rows, then a sum.
+    """x [B, H, W, C] ∗ kernel [h, w, C, D]: a product of each window's rows, side by side, then a sum.
 
-    `stride` pixels of a row count as one of that many times the channels. The product gives what each column of the
-    kernel adds to the output, and where it does is a step further on for each.
+    `stride` pixels of a row count as one. The product gives what each such group of the kernel's columns adds to the
+    output, which is one step further on for each.
     """
-    rows, columns = (
-        (side + sum(pad) - k) // stride + 1 for side, pad, k in zip(x.shape[1:3], pads, kernel.shape[:2], strict=True)
-    )
-    reach = -(-kernel.shape[1] // stride)
-    width, (left, _) = stride * (columns + reach - 1), pads[1]
-    wide = jnp.pad(kernel, ((0, 0), (0, stride * reach - kernel.shape[1]), (0, 0), (0, 0)))
-    wide = wide.reshape(len(kernel), reach, -1, kernel.shape[3]).swapaxes(1, 2).reshape(-1, reach * kernel.shape[3])
+    height, width, channels, features = kernel.shape
+    columns, reach = (x.shape[2] + sum(pads[1]) - width) // stride + 1, -(-width // stride)
+    pixels, left = stride * (columns + reach - 1), pads[1][0]
+    groups = jnp.pad(kernel, ((0, 0), (0, stride * reach - width), (0, 0), (0, 0)))
+    groups = groups.reshape(height, reach, stride * channels, features).swapaxes(1, 2).reshape(-1, reach * features)
 
     def chunk(x: jax.Array) -> jax.Array:
-        ends = (0, 0, 0), (*pads[0], 0), (left, width - left - x.shape[2], 0), (0, 0, 0)
-        x = lax.pad(x, jnp.zeros((), x.dtype), ends).reshape(len(x), -1, width // stride, stride * x.shape[3])
-        below = windows(x, (len(kernel), 1), (stride, 1), ((0, 0), (0, 0)))
-        products = jnp.split(jnp.concatenate(below, -1) @ wide, reach, -1)
-        return finish(sum(product[:, :rows, j : j + columns] for j, product in enumerate(products)))
+        ends = (0, 0, 0), (*pads[0], 0), (left, pixels - left - x.shape[2], 0), (0, 0, 0)
+        x = lax.pad(x, jnp.zeros((), x.dtype), ends).reshape(len(x), -1, pixels // stride, stride * channels)
+        rows = jnp.concatenate(windows(x, (height, 1), (stride, 1), ((0, 0), (0, 0))), -1)
+        parts = jnp.split(rows @ groups, reach, -1)
+        return finish(sum(part[:, :, j : j + columns] for j, part in enumerate(parts)))
 
     return _by_chunks(chunk, x)
 
@@ -248,7 +248,7 @@ def patch_input_gradient(
         ends = [slice(low, low + side) for side, (low, _) in zip(sides, pads, strict=True)]
         return x[:, *ends]
 
-    return _by_chunks(chunk, dy)
+    return _by_chunks(chunk, dy, jax.ShapeDtypeStruct((len(dy), height, width, kernel.shape[2]), dy.dtype))
 
 
 def product(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:

@@ -3,8 +3,8 @@
 Means are sums along one axis, then along the other, of shifted images, which XLA's CPU backend computes on every core.
 
 For the gradient of the maximum, XLA's CPU backend looks for the largest pixel of each window again, with four arrays of
-indices as large as the images. Here the forward pass notes in one byte where in its window that pixel lies: the first one in the
-order of rows, as XLA does. Outputs are the same bits, and gradients too where windows do not overlap.
+indices as large as the images. Here the forward pass notes in one byte where in its window that pixel lies: the first
+one in the order of rows, as XLA does. Outputs are the same bits, and gradients too where windows do not overlap.
 """
 
 import functools
