@@ -20,12 +20,16 @@ from jaxft.train_state import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """A layer, ReLU or max pooling, as the net ran it: abstract `x` → `out`; a layer has its module and its name."""
+    """A layer, ReLU or max pooling, as the net ran it: abstract `x` → `out`; a layer has its module and its name.
+
+    `folded`: of a convolution, that a frozen BatchNorm is part of it, and not a call of its own.
+    """
 
     x: jax.Array
     out: jax.Array
     module: Any = None
     name: str = ""
+    folded: bool = False
 
 
 def calls(net: nn.Module, variables: Any, images: jax.ShapeDtypeStruct) -> list[Call]:
@@ -35,8 +39,12 @@ def calls(net: nn.Module, variables: Any, images: jax.ShapeDtypeStruct) -> list[
     def record(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         place = len(found)  # before a ReLU that the layer runs itself
         out = call(*args, **kwargs)
-        if context.method_name == "__call__" and context.module.name in variables["params"]:
-            found.insert(place, Call(args[0], jax.tree.leaves(out)[0], context.module, context.module.name))
+        module = context.module
+        inside = [call.name for call in found[place:]]
+        layer = context.method_name in ("__call__", "of_batch") and module.name in variables["params"]
+        if layer and module.name not in inside:
+            folded = len(args) > 1 and getattr(args[1], "inference", False)
+            found.insert(place, Call(args[0], jax.tree.leaves(out)[0], module, module.name, folded))
         return out
 
     def recorded(function: Any) -> Any:
@@ -91,7 +99,7 @@ def normalisation(net: nn.Module, state: TrainState, image_size: tuple[int, int]
     """Operations of BatchNorm in one train step, which `formula` leaves out, as shares of peak do.
 
     An element costs 3 in inference mode, as frozen layers run, with one more for the gradient of an input that is
-    trained. In training it costs 7, three of them for the variance, and 9 for the gradient.
+    trained; behind a convolution, one addition. In training it costs 8, and 9 for the gradient.
     """
     total, behind = 0, False
     for call in calls(net, state.variables(), jax.ShapeDtypeStruct((batch_size, *image_size, 3), jnp.float32)):
@@ -99,7 +107,8 @@ def normalisation(net: nn.Module, state: TrainState, image_size: tuple[int, int]
             continue
         trained = state.labels[call.name] != masking.FROZEN
         if call.name in state.batch_stats:
-            total += call.x.size * (16 if trained else 3 + behind)
+            total += call.x.size * (17 if trained else 3 + behind)
+        total += call.folded * call.out.size
         behind = behind or trained
     return total
 
@@ -108,12 +117,15 @@ def kept_bytes(net: nn.Module, state: TrainState, image_size: tuple[int, int], b
     """Bytes of activations in float32 that a train step must keep from its forward pass for its gradient.
 
     A trainable convolution, dense layer or BatchNorm keeps its input. Behind a trainable layer, ReLU keeps a byte an
-    element and max pooling its input. What two of them keep is counted once.
+    element, max pooling its input, and a convolution that a frozen BatchNorm is part of the kernel with its factor.
+    What two of them keep is counted once.
     """
     kept: dict[Any, int] = {}
     behind = False
     for call in calls(net, state.variables(), jax.ShapeDtypeStruct((batch_size, *image_size, 3), jnp.float32)):
         trained = call.module is not None and state.labels[call.name] != masking.FROZEN
+        if behind and call.folded:
+            kept[call.name] = 4 * state.params[call.name]["kernel"].size
         behind = behind or trained
         if trained or (behind and call.name == "max_pool"):
             kept[id(call.x)] = 4 * call.x.size

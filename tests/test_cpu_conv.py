@@ -27,6 +27,10 @@ CASES = {  # height, width, channels in and out, kernel, stride, padding
     "1×7 of many channels without padding": (12, 19, 40, 32, (1, 7), 1, "VALID"),
     "1×7 of many channels padded unevenly": (12, 18, 32, 32, (1, 7), 1, ((0, 0), (1, 4))),
     "5×5": (13, 14, 5, 7, (5, 5), 1, "SAME"),
+    "5×5 of many channels": (13, 14, 32, 33, (5, 5), 1, "SAME"),
+    "6×5 of many channels padded unevenly": (13, 14, 32, 32, (6, 5), 1, ((3, 1), (0, 2))),
+    "3×3 at stride 2 on images": (17, 16, 3, 32, (3, 3), 2, "VALID"),
+    "3×3 at stride 2 on images, the last row and column unused": (16, 17, 3, 32, (3, 3), 2, ((0, 0), (0, 1))),
     "7×7 at stride 2": (15, 12, 3, 7, (7, 7), 2, ((3, 3), (3, 3))),
 }
 
@@ -36,9 +40,10 @@ def small_ones_too(monkeypatch):
     monkeypatch.setattr(cpu_conv, "MIN_MACS", 0)
 
 
-def plain(x, kernel, bias=None, *, relu=False, strides, padding):
+def plain(x, kernel, bias=None, factor=None, *, relu=False, strides, padding):
     """Of whatever dtype, in the plainest operations."""
     y = lax.conv_general_dilated(x, kernel, (strides, strides), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    y = y if factor is None else y * factor
     y = y if bias is None else y + bias
     return y * (y > 0) if relu else y
 
@@ -49,31 +54,35 @@ def draw(case, batch=3):
     x, kernel = rng.normal(size=(batch, height, width, fan_in)), rng.normal(size=(*size, fan_in, fan_out))
     options = {"strides": stride, "padding": padding}
     dy = rng.normal(size=jax.eval_shape(lambda *a: plain(*a, **options), x, kernel).shape)
-    return options, x, kernel, rng.normal(size=fan_out), dy
+    return options, x, kernel, rng.normal(size=fan_out), rng.uniform(-2, 2, fan_out), dy
 
 
-def with_gradients(function, x, kernel, *bias_and_dy):
-    *bias, dy = bias_and_dy
-    y, transposed = jax.vjp(function, x, kernel, *bias)
+def with_gradients(function, *arrays_and_dy):
+    *arrays, dy = arrays_and_dy
+    y, transposed = jax.vjp(function, *arrays)
     return (y, *transposed(dy))
 
 
-@pytest.mark.parametrize("relu", [False, True], ids=["one chunk", "an image a chunk, bias and ReLU"])
+def convolve(x, kernel, bias=None, factor=None, **options):
+    return cpu_conv.convolve(x, kernel, bias, factor=factor, **options)
+
+
+@pytest.mark.parametrize("relu", [False, True], ids=["one chunk", "an image a chunk, factor, bias and ReLU"])
 @pytest.mark.parametrize("case", CASES)
 def test_output_and_gradients_are_exact_to_rounding(case, relu, monkeypatch):
     """Bug: a tile at the edge, an odd side, a pad, a stride or the turned kernel is wrong; or 1e-6 is not kept."""
     if relu:
         monkeypatch.setattr(cpu_conv, "CHUNK_PIXELS", 1)
-    options, x, kernel, bias, dy = draw(case)
-    arrays = (x, kernel, bias, dy) if relu else (x, kernel, dy)
+    options, x, kernel, bias, factor, dy = draw(case)
+    arrays = (x, kernel, bias, factor, dy) if relu else (x, kernel, dy)
     with jax.enable_x64(True):
         y = plain(*map(jnp.asarray, arrays[:-1]), **options)
         arrays[-1][np.abs(y) < 1e-4] = 0  # rounding may turn the ReLU over there
         truth = with_gradients(lambda *a: plain(*a, relu=relu, **options), *map(jnp.asarray, arrays))
         assert truth[0].dtype == jnp.float64
-    convolve = jax.jit(lambda *a: with_gradients(lambda *a: cpu_conv.convolve(*a, relu=relu, **options), *a))
+    ours = jax.jit(lambda *a: with_gradients(lambda *a: convolve(*a, relu=relu, **options), *a))
     for what, found, expected in zip(
-        ("output", "input", "kernel", "bias"), convolve(*map(np.float32, arrays)), truth, strict=False
+        ("output", "input", "kernel", "bias", "factor"), ours(*map(np.float32, arrays)), truth, strict=False
     ):
         assert found.dtype == jnp.float32 and found.shape == expected.shape
         error = np.abs(np.asarray(found) - np.asarray(expected)).max() / np.abs(np.asarray(expected)).max()
@@ -92,7 +101,7 @@ def test_a_batch_of_any_size():
 @pytest.mark.parametrize("case", CASES)
 def test_other_platforms_get_xlas_own(case, monkeypatch):
     """Bug: a GPU computes tiles or products instead of convolutions."""
-    options, x, kernel, _, dy = draw(case)
+    options, x, kernel, *_, dy = draw(case)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     options["padding"] = tuple(
         lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], (options["strides"],) * 2, padding)

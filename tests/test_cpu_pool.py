@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft.nets.cpu_pool import max_pool
+from jaxft.nets.cpu_pool import avg_pool, max_pool
 
 CASES = {  # height, width, window, strides, padding
     "2×2": (8, 6, (2, 2), (2, 2), "VALID"),
@@ -30,6 +30,23 @@ def test_output_and_gradient_are_xlas_ties_included(case):
 
     for found, expected in zip(with_gradient(max_pool), with_gradient(nn.max_pool), strict=True):
         np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_means_and_their_gradient_are_xlas(case):
+    """Bug: padding counts, a pixel is left out, or rows and columns change places."""
+    height, width, *how = CASES[case]
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, height, width, 5)), jnp.float32)
+
+    def with_gradient(pool):
+        y, transposed = jax.vjp(pool, x)
+        return y, transposed(jnp.asarray(np.random.default_rng(1).normal(size=y.shape), y.dtype))[0]
+
+    ours = with_gradient(lambda x: avg_pool(x, *how))
+    for found, expected in zip(
+        ours, with_gradient(lambda x: nn.avg_pool(x, *how, count_include_pad=False)), strict=True
+    ):
+        np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def test_other_platforms_get_xlas_own(monkeypatch):
