@@ -8,6 +8,7 @@ both sides in turn, and their losses must agree. Files are in the page cache.
 """
 
 import dataclasses
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -199,7 +200,7 @@ def main(settings: Settings) -> None:
         "| --- | --- | --- | --- | --- | --- |",
         *porting,
     ]
-    write_table(settings.out, head, tables)
+    write_table(settings.out, head, tables, keras=importlib.metadata.version("keras"))
 
 
 if __name__ == "__main__":
