@@ -78,25 +78,39 @@ def _tiles(x: jax.Array, pads: Pads) -> Planes:
 
 
 def _chunks(x: jax.Array, like: jax.Array | jax.ShapeDtypeStruct | None = None) -> jax.Array:
-    """[B, H, W, C] → [chunks, images of one, H, W, C], with as many images as a chunk of `like` has."""
+    """[B, H, W, C] → [chunks, images of one, H, W, C], with as many images as a chunk of `like` has; or x, if one."""
     most = CHUNK_PIXELS // math.prod((x if like is None else like).shape[1:3])
     images = max(n for n in range(1, max(1, most) + 1) if len(x) % n == 0)
-    return x.reshape(-1, images, *x.shape[1:])
+    return x if images == 1 else x.reshape(-1, images, *x.shape[1:])
+
+
+def _chunk(x: jax.Array) -> jax.Array:
+    """One of `_chunks`. An axis of length 1 among them would cost copies: XLA gives it another place in memory."""
+    return x if x.ndim == 4 else x[None]
 
 
 def _by_chunks(
     function: Callable[[jax.Array], jax.Array], x: jax.Array, like: jax.ShapeDtypeStruct | None = None
 ) -> jax.Array:
     """function(x), of an x [B, H, W, C] whose images do not depend on each other; `like` as of `_chunks`."""
-    y = lax.map(function, _chunks(x, like))
-    return y.reshape(len(x), *y.shape[2:])
+
+    def some(x: jax.Array) -> jax.Array:
+        y = function(_chunk(x))
+        return y if x.ndim == 4 else y[0]
+
+    y = lax.map(some, _chunks(x, like))
+    return y.reshape(len(x), *y.shape[-3:])
 
 
 def _sum_by_chunks(function: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, dy: jax.Array) -> jax.Array:
     """function(x, dy), of which every image has its summand."""
     chunks = _chunks(x, dy), _chunks(dy)
-    one = jax.eval_shape(function, *(some[0] for some in chunks))
-    return lax.scan(lambda total, some: (total + function(*some), None), jnp.zeros(one.shape, one.dtype), chunks)[0]
+
+    def of(x: jax.Array, dy: jax.Array) -> jax.Array:
+        return function(_chunk(x), _chunk(dy))
+
+    one = jax.eval_shape(of, *(some[0] for some in chunks))
+    return lax.scan(lambda total, some: (total + of(*some), None), jnp.zeros(one.shape, one.dtype), chunks)[0]
 
 
 def _flat(plane: jax.Array) -> jax.Array:
