@@ -35,10 +35,13 @@ LAYERS = (  # net, side, channels in and out, kernel, stride
     ("resnet50", 28, 128, 128, (3, 3), 1),
     ("resnet50", 14, 1024, 256, (1, 1), 1),
     ("resnet50", 7, 512, 512, (3, 3), 1),
+    ("inception_v3", 299, 3, 32, (3, 3), 2),
     ("inception_v3", 147, 32, 64, (3, 3), 1),
     ("inception_v3", 71, 80, 192, (3, 3), 1),
+    ("inception_v3", 35, 48, 64, (5, 5), 1),
     ("inception_v3", 35, 288, 384, (3, 3), 2),
     ("inception_v3", 17, 192, 192, (7, 1), 1),
+    ("inception_v3", 8, 448, 384, (3, 3), 1),
     ("densenet121", 28, 128, 32, (3, 3), 1),
 )
 

@@ -4,7 +4,7 @@ XLA's CPU backend takes the gradient of a kernel as a convolution whose window i
 processor's speed or less, and 1×1 convolutions at half of it. Here
 
 - 1×1 convolutions and their gradients are one matrix product,
-- 3×3 ones at stride 1 on larger maps, and their gradients, are Winograd's minimal filtering over 2×2 tiles,
+- 3×3 ones at stride 1, and their gradients, are Winograd's minimal filtering over 2×2 tiles,
   F(2×2, 3×3): 16 matrix products with 4/9 of the multiplications,
 - 7×1 and 1×7 ones are two F(2, 3) and a tap: 10 products where there were 14,
 - others at a stride are products with the pixels under each window laid side by side, forward and backward, unless
@@ -121,7 +121,7 @@ def _same(y: jax.Array) -> jax.Array:
     return y
 
 
-def winograd_output(x: jax.Array, kernel: jax.Array, pads: Pads, finish: Finish = _same) -> jax.Array:
+def winograd_output(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads, finish: Finish = _same) -> jax.Array:
     """x [B, H, W, C] ∗ kernel [3, 3, C, D] at stride 1: [B, H', W', D], through `finish`, which sees it by chunks."""
     height, width = (side + sum(pad) - 2 for side, pad in zip(x.shape[1:3], pads, strict=True))
     filters = _both_axes(_of_kernel, [[kernel[i, j] for j in range(3)] for i in range(3)])
@@ -135,7 +135,7 @@ def winograd_output(x: jax.Array, kernel: jax.Array, pads: Pads, finish: Finish 
     return _by_chunks(chunk, x)
 
 
-def line_output(x: jax.Array, kernel: jax.Array, pads: Pads, finish: Finish = _same) -> jax.Array:
+def line_output(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads, finish: Finish = _same) -> jax.Array:
     """x [B, H, W, C] ∗ kernel [7, 1, C, D] or [1, 7, C, D] at stride 1: [B, H', W', D], through `finish`.
 
     Two outputs in a row take four products of the first three taps, F(2, 3), four of the last three, whose transformed
@@ -265,9 +265,15 @@ def patch_input_gradient(
     return _by_chunks(chunk, dy, jax.ShapeDtypeStruct((len(dy), height, width, kernel.shape[2]), dy.dtype))
 
 
-def product(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """A 1×1 convolution."""
-    return x[:, ::stride, ::stride] @ kernel[0, 0]
+def product(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads, finish: Finish = _same) -> jax.Array:
+    """A 1×1 convolution without padding."""
+    return finish(x[:, ::stride, ::stride] @ kernel[0, 0])
+
+
+def direct(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads, finish: Finish = _same) -> jax.Array:
+    """XLA's own convolution."""
+    layout = ("NHWC", "HWIO", "NHWC")
+    return finish(lax.conv_general_dilated(x, kernel, (stride, stride), pads, dimension_numbers=layout))
 
 
 def product_input_gradient(dy: jax.Array, kernel: jax.Array, stride: int, height: int, width: int) -> jax.Array:
@@ -278,43 +284,32 @@ def product_input_gradient(dy: jax.Array, kernel: jax.Array, stride: int, height
     return lax.pad(dy @ kernel[0, 0].T, jnp.zeros((), dy.dtype), ((0, 0, 0), *ends, (0, 0, 0)))
 
 
-def _minimal(kernel: jax.Array, stride: int) -> Callable[..., jax.Array] | None:
-    """The minimal filtering that serves this convolution faster than XLA's own, if one does."""
-    if stride > 1 or min(kernel.shape[2:]) < MIN_CHANNELS:
-        return None
-    return {(3, 3): winograd_output, (7, 1): line_output, (1, 7): line_output}.get(kernel.shape[:2])
-
-
-def _strided(kernel: jax.Array, stride: int) -> bool:
-    """Whether products of patches are faster than XLA's own convolution."""
-    return stride > 1 and min(kernel.shape[:2]) >= stride and min(kernel.shape[2:]) >= MIN_CHANNELS
-
-
-def _kernel_gradient(x: jax.Array, dy: jax.Array, kernel: jax.Array, stride: int, pads: Pads) -> jax.Array:
-    if _minimal(kernel, stride) is winograd_output:
-        return winograd_kernel_gradient(x, dy, pads)
-    return tap_kernel_gradient(x, dy, kernel.shape[:2], stride, pads)
+def fastest(kernel: jax.Array, stride: int) -> Callable[..., jax.Array]:
+    """What of the above computes (x, kernel, stride, pads, finish)."""
+    size, (channels, features) = kernel.shape[:2], kernel.shape[2:]
+    if size == (1, 1):
+        return product
+    if stride > 1 and channels <= IMAGE_CHANNELS and size[1] >= stride:
+        return row_output
+    if min(channels, features) < MIN_CHANNELS:
+        return direct
+    if stride > 1:
+        return patch_output if min(size) >= stride else direct
+    if min(size) >= 5:
+        return row_output
+    return {(3, 3): winograd_output, (7, 1): line_output, (1, 7): line_output}.get(size, direct)
 
 
 def _input_gradient(x: jax.Array, dy: jax.Array, kernel: jax.Array, stride: int, pads: Pads) -> jax.Array:
-    if kernel.shape[:2] == (1, 1):
+    way = fastest(kernel, stride)
+    if way is product:
         return product_input_gradient(dy, kernel, stride, *x.shape[1:3])
-    output = _minimal(kernel, stride) or (
-        partial(row_output, stride=1) if stride == 1 and _by_rows(kernel, 1) else None
-    )
-    if output:
-        around = [(k - 1 - low, k - 1 - high) for k, (low, high) in zip(kernel.shape[:2], pads, strict=True)]
-        return output(dy, kernel[::-1, ::-1].swapaxes(2, 3), pads=tuple(around))
-    if _strided(kernel, stride):
+    if way is patch_output:
         return patch_input_gradient(dy, kernel, stride, pads, *x.shape[1:3])
-    return jax.linear_transpose(lambda x: _direct(x, kernel, stride, pads), x)(dy)[0]
-
-
-def _by_rows(kernel: jax.Array, stride: int) -> bool:
-    """Whether products of rows are faster than XLA's own convolution."""
-    height, width, channels = kernel.shape[:3]
-    image = stride > 1 and channels <= IMAGE_CHANNELS and width >= stride
-    return image or (stride == 1 and min(height, width) >= 5 and min(kernel.shape[2:]) >= MIN_CHANNELS)
+    if way is direct or stride > 1:
+        return jax.linear_transpose(lambda x: direct(x, kernel, stride, pads), x)(dy)[0]
+    around = [(k - 1 - low, k - 1 - high) for k, (low, high) in zip(kernel.shape[:2], pads, strict=True)]
+    return way(dy, kernel[::-1, ::-1].swapaxes(2, 3), 1, tuple(around))
 
 
 def convolve(
@@ -341,7 +336,7 @@ def convolve(
     if jax.default_backend() != "cpu" or x.dtype != jnp.float32 or macs < MIN_MACS or padded_product or cropped:
         kernel = kernel if factor is None else kernel * factor
         bias = bias if bias is None else bias.astype(x.dtype)
-        return _finish(_direct(x, kernel.astype(x.dtype), strides, pads), None, bias, relu)
+        return _finish(direct(x, kernel.astype(x.dtype), strides, pads), None, bias, relu)
     return _conv(x, kernel, factor, bias, relu, strides, pads)
 
 
@@ -349,10 +344,6 @@ def _finish(y: jax.Array, factor: jax.Array | None, bias: jax.Array | None, relu
     y = y if factor is None else y * factor
     y = y if bias is None else y + bias
     return nn.relu(y) if relu else y
-
-
-def _direct(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads) -> jax.Array:
-    return lax.conv_general_dilated(x, kernel, (stride, stride), pads, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
@@ -365,16 +356,7 @@ def _conv(
     stride: int,
     pads: Pads,
 ) -> jax.Array:
-    finish = partial(_finish, factor=factor, bias=bias, relu=relu)
-    if output := _minimal(kernel, stride):
-        return output(x, kernel, pads, finish)
-    if kernel.shape[:2] == (1, 1):
-        return finish(product(x, kernel, stride))
-    if _strided(kernel, stride):
-        return patch_output(x, kernel, stride, pads, finish)
-    if _by_rows(kernel, stride):
-        return row_output(x, kernel, stride, pads, finish)
-    return finish(_direct(x, kernel, stride, pads))
+    return fastest(kernel, stride)(x, kernel, stride, pads, partial(_finish, factor=factor, bias=bias, relu=relu))
 
 
 def _forward(x, kernel, factor, bias, relu, stride, pads):
@@ -388,7 +370,10 @@ def _backward(relu, stride, pads, saved, dy):
     of_bias = dy.sum((0, 1, 2)) if biased else None
     scaled = kernel if factor is None else kernel * factor
     of_x = _input_gradient(x, dy, scaled, stride, pads)
-    of_kernel = _kernel_gradient(x, dy, kernel, stride, pads)
+    if fastest(kernel, stride) is winograd_output:
+        of_kernel = winograd_kernel_gradient(x, dy, pads)
+    else:
+        of_kernel = tap_kernel_gradient(x, dy, kernel.shape[:2], stride, pads)
     if factor is None:
         return of_x, of_kernel, None, of_bias
     return of_x, of_kernel * factor, (of_kernel * kernel).sum((0, 1, 2)), of_bias
