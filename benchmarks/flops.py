@@ -99,7 +99,8 @@ def normalisation(net: nn.Module, state: TrainState, image_size: tuple[int, int]
     """Operations of BatchNorm in one train step, which `formula` leaves out, as shares of peak do.
 
     An element costs 3 in inference mode, as frozen layers run, with one more for the gradient of an input that is
-    trained; behind a convolution, one addition. In training it costs 8, and 9 for the gradient.
+    trained; behind a convolution, one addition, the factor being in the kernel. In training it costs 7, and 9 for the
+    gradient.
     """
     total, behind = 0, False
     for call in calls(net, state.variables(), jax.ShapeDtypeStruct((batch_size, *image_size, 3), jnp.float32)):
@@ -107,7 +108,7 @@ def normalisation(net: nn.Module, state: TrainState, image_size: tuple[int, int]
             continue
         trained = state.labels[call.name] != masking.FROZEN
         if call.name in state.batch_stats:
-            total += call.x.size * (17 if trained else 3 + behind)
+            total += call.x.size * (16 if trained else 3 + behind)
         total += call.folded * call.out.size
         behind = behind or trained
     return total

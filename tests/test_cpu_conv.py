@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -117,6 +119,17 @@ def test_other_platforms_get_xlas_own(case, monkeypatch):
         for f in (cpu_conv.convolve, plain)
     ]
     assert programs[0] == programs[1] and programs[0].count("conv_general_dilated[") == 3
+
+
+def test_a_factor_in_the_kernel_has_the_same_gradients(monkeypatch):
+    """Bug: on a GPU the factor is left out of a gradient, or its own is another one."""
+    options, *arrays = draw("3×3")
+    arrays = [np.float32(array) for array in arrays]
+    on_cpu = with_gradients(partial(convolve, relu=True, **options), *arrays)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    on_gpu = with_gradients(partial(convolve, relu=True, **options), *arrays)
+    for found, expected in zip(on_gpu, on_cpu, strict=True):
+        np.testing.assert_allclose(found, expected, atol=3e-6 * float(jnp.abs(expected).max()))
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])

@@ -109,7 +109,8 @@ class BatchNorm(nn.Module):
         inference: normalise by the running statistics and leave them.
         momentum, epsilon: as Keras's.
         use_scale: whether there is a gamma.
-        dtype: of the output; statistics and parameters are float32, as is the arithmetic.
+        dtype: of the output; statistics and parameters are float32, as is the arithmetic, save that a
+            convolution takes the offset off, or has `affine` in its kernel and bias, in its own.
     """
 
     features: int
@@ -126,25 +127,28 @@ class BatchNorm(nn.Module):
         self.gamma = self.param("scale", nn.initializers.ones, shape) if self.use_scale else jnp.ones(shape)
         self.beta = self.param("bias", nn.initializers.zeros, shape)
 
-    def affine(self) -> tuple[jax.Array, jax.Array]:
-        """(factor, shift), float32 [C]: in inference, x becomes factor · x + shift."""
+    def affine(self, bias: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        """(factor, shift), float32 [C]: in inference, x + bias, if there is one, becomes factor · x + shift."""
         factor = lax.rsqrt(self.running_var.value + self.epsilon) * self.gamma
-        return factor, self.beta - self.running_mean.value * factor
+        mean = self.running_mean.value if bias is None else self.running_mean.value - bias
+        return factor, self.beta - mean * factor
 
-    def offset(self) -> jax.Array:
-        """[C] of `dtype`: what `of_batch` wants taken off, as statistics of numbers near zero lose no digits."""
-        return self.running_mean.value.astype(self.dtype)
+    def offset(self, bias: jax.Array | None = None) -> jax.Array:
+        """[C] of `dtype`: what `of_batch` wants taken off, as statistics of numbers near zero lose no digits.
+
+        `bias` [C] is that of a convolution which has not been added to them.
+        """
+        mean = self.running_mean.value if bias is None else self.running_mean.value - lax.stop_gradient(bias)
+        return mean.astype(self.dtype)
 
     def of_batch(self, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-        """x [..., C], by the statistics of the batch, which the running ones follow.
+        """x [..., C], less offset(bias), by the statistics of the batch, which the running ones follow.
 
-        Args:
-            x: less the offset.
-            bias: [C] of a convolution that has not been added to x. The mean takes it out again, so that its gradient
-                is zero and no more than the running mean depends on it.
+        The mean takes a bias out again, so that its gradient is zero and no more than the running mean depends on it.
         """
         y, mean, var = normalise(x, self.gamma, self.beta, self.epsilon)
-        mean = mean + self.offset() if bias is None else mean + self.offset() + lax.stop_gradient(bias)
+        mean = mean + self.offset(bias)
+        mean = mean if bias is None else mean + lax.stop_gradient(bias)
         if not self.is_initializing():
             for running, batch in ((self.running_mean, mean), (self.running_var, var)):
                 running.value = self.momentum * running.value + (1 - self.momentum) * batch
@@ -184,10 +188,9 @@ class Conv(nn.Module):
         if norm is None:
             return convolve(x, kernel, bias, relu=self.relu, **options)
         if norm.inference:
-            factor, shift = norm.affine()
-            shift = shift if bias is None else shift + bias * factor
+            factor, shift = norm.affine(bias)
             return convolve(x, kernel, shift, factor=factor, relu=self.relu, **options)
-        x = norm.of_batch(convolve(x, kernel, -norm.offset(), **options), bias)
+        x = norm.of_batch(convolve(x, kernel, -norm.offset(bias), **options), bias)
         return nn.relu(x) if self.relu else x
 
 

@@ -9,8 +9,10 @@ processor's speed or less, and 1×1 convolutions at half of it. Here
 - 7×1 and 1×7 ones are two F(2, 3) and a tap: 10 products where there were 14,
 - others at a stride are products with the pixels under each window laid side by side, forward and backward, unless
   they have few channels,
-- 5×5 ones, and those of images at a stride, take the rows of each window side by side and add up columns,
+- larger square ones, and those of images at a stride, take the rows of each window side by side and add up columns,
 - the gradient of any other kernel is a product for each of its taps.
+
+It is for one device: a batch that lies on several is gathered on each of them.
 
 All stay within float32 rounding of the direct sum: the kernels' gradients are nearer to it than XLA's.
 
@@ -77,9 +79,9 @@ def _tiles(x: jax.Array, pads: Pads) -> Planes:
     return [[x[:, row, column] for column in columns] for row in rows]
 
 
-def _chunks(x: jax.Array, like: jax.Array | jax.ShapeDtypeStruct | None = None) -> jax.Array:
-    """[B, H, W, C] → [chunks, images of one, H, W, C], with as many images as a chunk of `like` has; or x, if one."""
-    most = CHUNK_PIXELS // math.prod((x if like is None else like).shape[1:3])
+def _chunks(x: jax.Array, pixels: int) -> jax.Array:
+    """[B, H, W, C] → [chunks, images, H, W, C] with as many as a chunk has where one has so many pixels; or x, if 1."""
+    most = CHUNK_PIXELS // pixels
     images = max(n for n in range(1, max(1, most) + 1) if len(x) % n == 0)
     return x if images == 1 else x.reshape(-1, images, *x.shape[1:])
 
@@ -89,22 +91,20 @@ def _chunk(x: jax.Array) -> jax.Array:
     return x if x.ndim == 4 else x[None]
 
 
-def _by_chunks(
-    function: Callable[[jax.Array], jax.Array], x: jax.Array, like: jax.ShapeDtypeStruct | None = None
-) -> jax.Array:
-    """function(x), of an x [B, H, W, C] whose images do not depend on each other; `like` as of `_chunks`."""
+def _by_chunks(function: Callable[[jax.Array], jax.Array], x: jax.Array, pixels: int | None = None) -> jax.Array:
+    """function(x), of an x [B, H, W, C] whose images, of so many pixels, do not depend on each other."""
 
     def some(x: jax.Array) -> jax.Array:
         y = function(_chunk(x))
         return y if x.ndim == 4 else y[0]
 
-    y = lax.map(some, _chunks(x, like))
+    y = lax.map(some, _chunks(x, pixels or math.prod(x.shape[1:3])))
     return y.reshape(len(x), *y.shape[-3:])
 
 
 def _sum_by_chunks(function: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, dy: jax.Array) -> jax.Array:
     """function(x, dy), of which every image has its summand."""
-    chunks = _chunks(x, dy), _chunks(dy)
+    chunks = [_chunks(images, math.prod(dy.shape[1:3])) for images in (x, dy)]
 
     def of(x: jax.Array, dy: jax.Array) -> jax.Array:
         return function(_chunk(x), _chunk(dy))
@@ -262,7 +262,7 @@ def patch_input_gradient(
         ends = [slice(low, low + side) for side, (low, _) in zip(sides, pads, strict=True)]
         return x[:, *ends]
 
-    return _by_chunks(chunk, dy, jax.ShapeDtypeStruct((len(dy), height, width, kernel.shape[2]), dy.dtype))
+    return _by_chunks(chunk, dy, height * width)
 
 
 def product(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads, finish: Finish = _same) -> jax.Array:

@@ -39,16 +39,18 @@ def max_pool(
 def avg_pool(
     x: jax.Array, window: Pair, strides: Pair = (1, 1), padding: str | Sequence[tuple[int, int]] = "VALID"
 ) -> jax.Array:
-    """As `flax.linen.avg_pool` with `count_include_pad=False`, x [B, H, W, C]."""
+    """As `flax.linen.avg_pool` with `count_include_pad=False`, x [B, H, W, C], in the dtype of x.
+
+    Every window must meet a pixel.
+    """
     if jax.default_backend() != "cpu":
-        return nn.avg_pool(x, window, strides, padding, count_include_pad=False)
+        return nn.avg_pool(x, window, strides, padding, count_include_pad=False).astype(x.dtype)
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(x.shape[1:3], window, strides, padding)
     for axis, (k, stride, (low, high)) in enumerate(zip(window, strides, padding, strict=True)):
-        side, unit, pads = x.shape[1 + axis], [1, 1], [(0, 0), (0, 0)]
+        side, size, steps, pads = x.shape[1 + axis], [1, 1], [1, 1], [(0, 0), (0, 0)]
         first = np.arange(0, side + low + high - k + 1, stride) - low
         inside = np.minimum(first + k, side) - np.maximum(first, 0)
-        size, steps = list(unit), list(unit)
         size[axis], steps[axis], pads[axis] = k, stride, (int(low), int(high))
         total = sum(windows(x, tuple(size), tuple(steps), tuple(pads)))
         x = total / np.expand_dims(inside, [1, 2] if axis == 0 else [1]).astype(x.dtype)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxft.nets.common import Scale, Spec, Stage, batch_norm, check_size, classify, conv, fold, published
-from jaxft.nets.cpu_pool import max_pool
+from jaxft.nets.cpu_pool import avg_pool, max_pool
 
 
 class DenseNet(nn.Module):
@@ -98,9 +98,11 @@ class DenseNet(nn.Module):
             name, *scale = self._norm(stem)
             return scale_relu(norm(name, x.shape[-1])(x), scale)
 
-        def conv_norm_relu(x: jax.Array, conv: str, stem: str, width: int, *options: Any, **more: Any) -> jax.Array:
-            name, *scale = self._norm(stem)
-            x = convolve(x, conv, width, *options, norm=norm(name, width), relu=not scale, **more)
+        def conv_norm_relu(
+            x: jax.Array, name: str, stem: str, width: int, kernel: tuple[int, int], **options: Any
+        ) -> jax.Array:
+            bn, *scale = self._norm(stem)
+            x = convolve(x, name, width, kernel, norm=norm(bn, width), relu=not scale, **options)
             return scale_relu(x, scale) if scale else x
 
         def stem(x: jax.Array) -> jax.Array:
@@ -113,11 +115,11 @@ class DenseNet(nn.Module):
             return jnp.concatenate([x, convolve(y, convs[1], self.growth, (3, 3))], -1)
 
         def transition(x: jax.Array, s: int) -> jax.Array:
-            _, norm, name = self._transition(s)
-            x = norm_relu(x, norm)
+            _, stem, name = self._transition(s)
+            x = norm_relu(x, stem)
             if s > len(self.depths):
                 return x
-            return nn.avg_pool(convolve(x, name, x.shape[-1] // 2, (1, 1)), (2, 2), (2, 2))
+            return avg_pool(convolve(x, name, x.shape[-1] // 2, (1, 1)), (2, 2), (2, 2))
 
         stages: list[Stage] = [
             ("conv1", stem),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxft.nets.common import Padding, Spec, Stage, check_size, classify, conv, fold
-from jaxft.nets.cpu_pool import max_pool
+from jaxft.nets.cpu_pool import avg_pool, max_pool
 
 # Module → widths of 1x1, 3x3_reduce, 3x3, 5x5_reduce, 5x5, pool_proj.
 MODULES = {
@@ -157,7 +157,7 @@ class GoogLeNet(nn.Module):
         return jnp.concatenate(branches, -1)
 
     def _auxiliary_head(self, head: str, train: bool, x: jax.Array) -> jax.Array:
-        x = self._relu_conv(nn.avg_pool(x, (5, 5), (3, 3)), f"{head}_conv", 128, 1)
+        x = self._relu_conv(avg_pool(x, (5, 5), (3, 3)), f"{head}_conv", 128, 1)
         if x.shape[1:3] != FLATTENED:
             raise ValueError(
                 f"{head}_fc takes a 4×4 map, which inputs of 223 to 270 pixels a side give; these give "
