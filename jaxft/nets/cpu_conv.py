@@ -121,10 +121,17 @@ def _same(y: jax.Array) -> jax.Array:
     return y
 
 
-def winograd_output(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads, finish: Finish = _same) -> jax.Array:
-    """x [B, H, W, C] ∗ kernel [3, 3, C, D] at stride 1: [B, H', W', D], through `finish`, which sees it by chunks."""
+def winograd_output(
+    x: jax.Array, kernel: jax.Array, stride: int, pads: Pads, finish: Finish = _same, *, turned: bool = False
+) -> jax.Array:
+    """x [B, H, W, C] ∗ kernel [3, 3, C, D] at stride 1: [B, H', W', D], through `finish`, which sees it by chunks.
+
+    `turned`: x has the kernel's D channels, and becomes C by the kernel turned round, as in the gradient of an input.
+    """
     height, width = (side + sum(pad) - 2 for side, pad in zip(x.shape[1:3], pads, strict=True))
     filters = _both_axes(_of_kernel, [[kernel[i, j] for j in range(3)] for i in range(3)])
+    if turned:  # the transform of a kernel turned round has the same elements
+        filters = [[filters[i][j].T for j in (3, 1, 2, 0)] for i in (3, 1, 2, 0)]
 
     def chunk(x: jax.Array) -> jax.Array:
         planes = _both_axes(_of_input, _tiles(x, pads))
@@ -308,8 +315,10 @@ def _input_gradient(x: jax.Array, dy: jax.Array, kernel: jax.Array, stride: int,
         return patch_input_gradient(dy, kernel, stride, pads, *x.shape[1:3])
     if way is direct or stride > 1:
         return jax.linear_transpose(lambda x: direct(x, kernel, stride, pads), x)(dy)[0]
-    around = [(k - 1 - low, k - 1 - high) for k, (low, high) in zip(kernel.shape[:2], pads, strict=True)]
-    return way(dy, kernel[::-1, ::-1].swapaxes(2, 3), 1, tuple(around))
+    around = tuple((k - 1 - low, k - 1 - high) for k, (low, high) in zip(kernel.shape[:2], pads, strict=True))
+    if way is winograd_output:
+        return winograd_output(dy, kernel, 1, around, turned=True)
+    return way(dy, kernel[::-1, ::-1].swapaxes(2, 3), 1, around)
 
 
 def convolve(
