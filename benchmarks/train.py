@@ -40,7 +40,7 @@ from rich.table import Table
 from benchmarks import parity, peers
 from benchmarks.machine import hardware
 from jaxft import masking, nets
-from jaxft.files import write_whole
+from jaxft.files import write_csv
 from jaxft.progress import bar
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}  # of the first losses, relative
@@ -195,14 +195,7 @@ def append(table: pathlib.Path, rows: list[dict[str, Any]]) -> None:
         with table.open(newline="") as file:
             rows = [*csv.DictReader(file), *rows]
     table.parent.mkdir(exist_ok=True)
-
-    def write(path: pathlib.Path) -> None:
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[-1], restval="")
-            writer.writeheader()
-            writer.writerows(rows)
-
-    write_whole(table, write)
+    write_csv(table, rows)
 
 
 def draw(table: pathlib.Path) -> None:

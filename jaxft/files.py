@@ -1,9 +1,10 @@
 """Files that are put in place whole: a failure leaves what was there."""
 
+import csv
 import json
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 
@@ -26,3 +27,19 @@ def write_whole(path: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> Non
 def write_json(path: pathlib.Path, values: Any) -> None:
     """`values` as indented JSON."""
     write_whole(path, lambda partial: partial.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n"))
+
+
+def write_csv(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """`rows` under the columns of the last one, blank where an earlier row has no such column.
+
+    Raises:
+        ValueError: a row has a column that the last one lacks.
+    """
+
+    def write(partial: pathlib.Path) -> None:
+        with partial.open("w", newline="") as file:
+            table = csv.DictWriter(file, rows[-1])
+            table.writeheader()
+            table.writerows(rows)
+
+    write_whole(path, write)

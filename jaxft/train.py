@@ -1,6 +1,5 @@
 """Loss, the jitted train step, and the loop."""
 
-import csv
 import math
 import pathlib
 import signal
@@ -16,7 +15,7 @@ from jax.sharding import Mesh
 
 from jaxft import masking
 from jaxft.checkpoint import Checkpoints
-from jaxft.files import write_whole
+from jaxft.files import write_csv
 from jaxft.predict import Batch, Predictions, shard
 from jaxft.progress import bar
 from jaxft.train_state import TrainState
@@ -183,7 +182,7 @@ def fit(
                 metric = predictions.log_loss()
                 history.append(_row(step, steps_per_epoch, sums, float(schedule(step - 1)), predictions, batch))
                 sums = dict.fromkeys(SUMS, 0.0)
-                write_history(history_file, history)
+                write_csv(history_file, history)
                 report(history[-1])
             checkpoints.save(state, {"history": history, "sums": sums}, metric)
             if stop and step < epochs * steps_per_epoch:
@@ -209,18 +208,6 @@ def _row(
         "val_accuracy": predictions.accuracy(),
         "images_per_second": round(rate, 2),
     }
-
-
-def write_history(path: pathlib.Path, rows: list[dict[str, float]]) -> None:
-    """The rows as a csv, put in place whole."""
-
-    def write(partial: pathlib.Path) -> None:
-        with partial.open("w", newline="") as file:
-            table = csv.DictWriter(file, rows[0])
-            table.writeheader()
-            table.writerows(rows)
-
-    write_whole(path, write)
 
 
 @contextmanager

@@ -204,11 +204,16 @@ def conv(
     padding: Padding = "SAME",
     bias: bool = True,
     norm: BatchNorm | None = None,
+    scale: str | None = None,
     relu: bool = False,
     dtype: DTypeLike,
 ) -> jax.Array:
-    """A convolution and what follows it at once; to be called inside a compact module."""
-    return Conv(width, kernel, strides, padding, bias, relu, dtype=dtype, name=name)(x, norm)
+    """A convolution and what follows it, `scale` being a Scale's name; to be called inside a compact module."""
+    x = Conv(width, kernel, strides, padding, bias, relu and not scale, dtype=dtype, name=name)(x, norm)
+    if scale is None:
+        return x
+    x = Scale(dtype, name=scale)(x)
+    return nn.relu(x) if relu else x
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -321,6 +321,16 @@ def _input_gradient(x: jax.Array, dy: jax.Array, kernel: jax.Array, stride: int,
     return way(dy, kernel[::-1, ::-1].swapaxes(2, 3), 1, around)
 
 
+def explicit_pads(
+    x: jax.Array, window: tuple[int, int], strides: tuple[int, int], padding: str | Sequence[tuple[int, int]]
+) -> Pads:
+    """What lies around images x [B, H, W, C] with that padding, by name or given, of windows at those strides."""
+    if isinstance(padding, str):
+        padding = lax.padtype_to_pads(x.shape[1:3], window, strides, padding)
+    (above, below), (left, right) = padding
+    return (int(above), int(below)), (int(left), int(right))
+
+
 def convolve(
     x: jax.Array,
     kernel: jax.Array,
@@ -336,12 +346,10 @@ def convolve(
     XLA's own convolution, with the factor in its kernel, where the default backend is no CPU, in other precisions of x
     than float32, and of little work.
     """
-    if isinstance(padding, str):
-        padding = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], (strides, strides), padding)
-    (above, below), (left, right) = pads = tuple((int(low), int(high)) for low, high in padding)
+    pads = explicit_pads(x, kernel.shape[:2], (strides, strides), padding)
     macs = x.size // strides**2 * math.prod(kernel.shape[:2]) * kernel.shape[3]
-    padded_product = kernel.shape[:2] == (1, 1) and any((above, below, left, right))
-    cropped = min(above, below, left, right) < 0
+    padded_product = kernel.shape[:2] == (1, 1) and any(map(any, pads))
+    cropped = min(map(min, pads)) < 0
     if jax.default_backend() != "cpu" or x.dtype != jnp.float32 or macs < MIN_MACS or padded_product or cropped:
         kernel = kernel if factor is None else kernel * factor
         bias = bias if bias is None else bias.astype(x.dtype)

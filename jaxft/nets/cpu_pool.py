@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxft.nets.cpu_conv import windows
+from jaxft.nets.cpu_conv import explicit_pads, windows
 
 Pair = tuple[int, int]
 NOWHERE = 255  # the place of no pixel
@@ -28,9 +28,7 @@ def max_pool(
     """As `flax.linen.max_pool`, x [B, H, W, C]."""
     if jax.default_backend() != "cpu":
         return nn.max_pool(x, window, strides, padding)
-    if isinstance(padding, str):
-        padding = lax.padtype_to_pads(x.shape[1:3], window, strides, padding)
-    pads = tuple((int(low), int(high)) for low, high in padding)
+    pads = explicit_pads(x, window, strides, padding)
     if min(map(min, pads)) < 0:
         return nn.max_pool(x, window, strides, padding)
     return _pool(x, window, strides, pads)
@@ -45,13 +43,12 @@ def avg_pool(
     """
     if jax.default_backend() != "cpu":
         return nn.avg_pool(x, window, strides, padding, count_include_pad=False).astype(x.dtype)
-    if isinstance(padding, str):
-        padding = lax.padtype_to_pads(x.shape[1:3], window, strides, padding)
-    for axis, (k, stride, (low, high)) in enumerate(zip(window, strides, padding, strict=True)):
+    around = explicit_pads(x, window, strides, padding)
+    for axis, (k, stride, (low, high)) in enumerate(zip(window, strides, around, strict=True)):
         side, size, steps, pads = x.shape[1 + axis], [1, 1], [1, 1], [(0, 0), (0, 0)]
         first = np.arange(0, side + low + high - k + 1, stride) - low
         inside = np.minimum(first + k, side) - np.maximum(first, 0)
-        size[axis], steps[axis], pads[axis] = k, stride, (int(low), int(high))
+        size[axis], steps[axis], pads[axis] = k, stride, (low, high)
         total = sum(windows(x, tuple(size), tuple(steps), tuple(pads)))
         x = total / np.expand_dims(inside, [1, 2] if axis == 0 else [1]).astype(x.dtype)
     return x

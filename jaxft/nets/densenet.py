@@ -1,6 +1,5 @@
 """DenseNet-121, 161, 169 and 201 (Huang et al., 2016, arXiv:1608.06993, table 1), with and without Scale layers."""
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -89,21 +88,17 @@ class DenseNet(nn.Module):
         norm = partial(batch_norm, train=train, frozen=self.frozen, epsilon=epsilon, dtype=self.dtype)
         convolve = partial(conv, bias=False, dtype=self.dtype)
 
-        def scale_relu(x: jax.Array, names: Sequence[str]) -> jax.Array:
-            for name in names:
-                x = Scale(self.dtype, name=name)(x)
-            return nn.relu(x)
-
         def norm_relu(x: jax.Array, stem: str) -> jax.Array:
             name, *scale = self._norm(stem)
-            return scale_relu(norm(name, x.shape[-1])(x), scale)
+            x = norm(name, x.shape[-1])(x)
+            return nn.relu(Scale(self.dtype, name=scale[0])(x) if scale else x)
 
         def conv_norm_relu(
             x: jax.Array, name: str, stem: str, width: int, kernel: tuple[int, int], **options: Any
         ) -> jax.Array:
             bn, *scale = self._norm(stem)
-            x = convolve(x, name, width, kernel, norm=norm(bn, width), relu=not scale, **options)
-            return scale_relu(x, scale) if scale else x
+            behind = {"norm": norm(bn, width), "scale": scale[0] if scale else None, "relu": True}
+            return convolve(x, name, width, kernel, **behind, **options)
 
         def stem(x: jax.Array) -> jax.Array:
             padding = ((3, 3), (3, 3))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxft.nets.common import Conv, Padding, Scale, Spec, Stage, batch_norm, check_size, classify, fold, published
+from jaxft.nets.common import Padding, Spec, Stage, batch_norm, check_size, classify, conv, fold, published
 from jaxft.nets.cpu_pool import max_pool
 
 WIDTHS = (64, 128, 256, 512)  # of the 3×3 convolutions of stages 2 to 5; blocks end four times as wide
@@ -159,15 +159,20 @@ class ResNet(nn.Module):
         relu: bool = True,
     ) -> jax.Array:
         form = VARIANTS[self.variant]
-        name, norm_name, *scale = self._unit(block, branch)
-        options = {"train": train, "frozen": self.frozen, "epsilon": form.epsilon, "dtype": self.dtype}
-        norm = batch_norm(norm_name, width, **options)
-        at_once = relu and not scale
-        x = Conv(width, (size, size), strides, padding, form.bias, at_once, self.dtype, name=name)(x, norm)
-        if not scale:
-            return x
-        x = Scale(self.dtype, name=scale[0])(x)
-        return nn.relu(x) if relu else x
+        name, norm, *scale = self._unit(block, branch)
+        return conv(
+            x,
+            name,
+            width,
+            (size, size),
+            strides=strides,
+            padding=padding,
+            bias=form.bias,
+            norm=batch_norm(norm, width, train=train, frozen=self.frozen, epsilon=form.epsilon, dtype=self.dtype),
+            scale=scale[0] if scale else None,
+            relu=relu,
+            dtype=self.dtype,
+        )
 
     def _block(self, x: jax.Array, block: str, width: int, strides: int, train: bool) -> jax.Array:
         shortcut = self._conv_bn(x, block, "1", 4 * width, 1, train, strides, relu=False) if strides else x
