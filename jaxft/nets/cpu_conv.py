@@ -4,12 +4,12 @@ XLA's CPU backend takes the gradient of a kernel as a convolution whose window i
 processor's speed or less, and 1×1 convolutions at half of it. Here
 
 - 1×1 convolutions and their gradients are one matrix product,
-- 3×3 ones at stride 1, and their gradients, are Winograd's minimal filtering over 2×2 tiles,
-  F(2×2, 3×3): 16 matrix products with 4/9 of the multiplications,
-- 7×1 and 1×7 ones are two F(2, 3) and a tap: 10 products where there were 14,
-- others at a stride are products with the pixels under each window laid side by side, forward and backward, unless
+- 3×3 ones at stride 1, and their gradients, are Winograd's minimal filtering over 2×2 tiles, F(2×2, 3×3): 16 matrix
+  products with 4/9 of the multiplications. Longer kernels are several of three taps, the first of which is zero behind
+  the first three: 5×5 ones take 49/100 of the multiplications, 7×1 and 1×7 ones 10/14, 3×1 and 1×3 ones 4/6,
+- those at a stride are products with the pixels under each window laid side by side, forward and backward, unless
   they have few channels,
-- larger square ones, and those of images at a stride, take the rows of each window side by side and add up columns,
+- those of images at a stride take the rows of each window side by side and add up columns,
 - the gradient of any other kernel is a product for each of its taps.
 
 It is for one device: a batch that lies on several is gathered on each of them.
@@ -35,10 +35,12 @@ Planes = list[list[jax.Array]]  # [i][j]: element (i, j) of every tile, [B, tile
 Pads = tuple[tuple[int, int], tuple[int, int]]  # ((above, below), (left, right))
 Finish = Callable[[jax.Array], jax.Array]  # what is done to a chunk of the output at once
 
+MINIMAL = ((3, 3), (5, 5), (1, 3), (3, 1), (1, 7), (7, 1))
 MIN_MACS = 2**25  # multiply-adds of the batch: less is done in a millisecond, and not worth the longer compilation
 MIN_CHANNELS = 32  # fewer make products too thin to pay for the transforms
 IMAGE_CHANNELS = 4  # no more are laid side by side with those of the next pixel
 CHUNK_PIXELS = 56 * 56  # of the images that are transformed at once: their planes stay in the cache of a core
+CHUNK_CHANNELS = 128  # with fewer to sum over, twice as many: short products of few channels are slow
 
 
 def _of_input(d: Rows) -> list:
@@ -53,30 +55,63 @@ def _of_gradient(y: Rows) -> list:
     return [y[0], y[0] + y[1], y[0] - y[1], -y[1]]
 
 
-def _of_kernel(k: Rows) -> list:
-    middle, ends = k[1] / 2, (k[0] + k[2]) / 2
-    return [k[0], ends + middle, ends - middle, k[2]]
+def _of_kernel(taps: Rows) -> list:
+    units = [taps[0]]
+    for i in range(1, len(taps), 2):
+        middle, ends = taps[i] / 2, (taps[i + 1] + (taps[0] if i == 1 else 0)) / 2
+        units += [ends + middle, ends - middle, taps[i + 1]]
+    return units
 
 
-def _to_kernel(m: Rows) -> list:
-    ends, middle = (m[1] + m[2]) / 2, (m[1] - m[2]) / 2
-    return [m[0] + ends, middle, ends + m[3]]
+def _to_kernel(units: Rows) -> list:
+    taps = [units[0]]
+    for i in range(1, len(units), 3):
+        ends, middle = (units[i] + units[i + 1]) / 2, (units[i] - units[i + 1]) / 2
+        taps += [middle, ends + units[i + 2]]
+        if i == 1:
+            taps[0] += ends
+    return taps
 
 
 def _both_axes(transform: Callable[[Rows], list], planes: Planes) -> Planes:
-    columns = [transform(column) for column in zip(*planes, strict=True)]
-    return [transform(row) for row in zip(*columns, strict=True)]
+    """Along each axis that has more than one element."""
+
+    def along(row: Rows) -> list:
+        return transform(row) if len(row) > 1 else list(row)
+
+    columns = [along(column) for column in zip(*planes, strict=True)]
+    return [along(row) for row in zip(*columns, strict=True)]
 
 
-def _tiles(x: jax.Array, pads: Pads) -> Planes:
-    """Overlapping tiles of 4×4 pixels at steps of 2, enough to cover the whole output of a 3×3 kernel."""
-    ends = []
-    for side, (before, after) in zip(x.shape[1:3], pads, strict=True):
-        odd = (side + before + after) % 2
-        ends.append((before, after + odd, 0))
+def _units(size: tuple[int, int]) -> list[list[list[tuple[int, int]]]]:
+    """[i][j]: which units of a kernel of that size, transformed, are multiplied with element (i, j) of the tiles.
+
+    Three taps become four units, and any two more, which share these elements one tile further on, three more.
+    """
+    rows, columns = ([range(1), *(range(i, 3 * (k // 2) + 1, 3) for i in range(1, 4 if k > 1 else 1))] for k in size)
+    return [[[(u, v) for u in down for v in across] for across in columns] for down in rows]
+
+
+def _met(x: jax.Array, size: tuple[int, int], pads: Pads) -> Planes:
+    """The transformed elements of tiles of 4 pixels at steps of 2, for each unit that meets them side by side."""
+    steps = [2 if k > 1 else 1 for k in size]
+    ends = [
+        (before, after + (side + before + after) % step, 0)
+        for side, (before, after), step in zip(x.shape[1:3], pads, steps, strict=True)
+    ]
     x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *ends, (0, 0, 0)))
-    rows, columns = ([slice(i, side - 3 + i, 2) for i in range(4)] for side in x.shape[1:3])
-    return [[x[:, row, column] for column in columns] for row in rows]
+    rows, columns = (
+        [slice(i, side - 3 + i, 2) for i in range(4)] if k > 1 else [slice(None)]
+        for side, k in zip(x.shape[1:3], size, strict=True)
+    )
+    planes = _both_axes(_of_input, [[x[:, row, column] for column in columns] for row in rows])
+    down, across = (n - max(k // 2 - 1, 0) for n, k in zip(planes[0][0].shape[1:3], size, strict=True))
+
+    def side_by_side(plane: jax.Array, units: list[tuple[int, int]]) -> jax.Array:
+        tiles = [(max(u - 1, 0) // 3, max(v - 1, 0) // 3) for u, v in units]
+        return jnp.concatenate([plane[:, i : i + down, j : j + across] for i, j in tiles], -1)
+
+    return [list(map(side_by_side, *row)) for row in zip(planes, _units(size), strict=True)]
 
 
 def _chunks(x: jax.Array, pixels: int) -> jax.Array:
@@ -121,72 +156,50 @@ def _same(y: jax.Array) -> jax.Array:
     return y
 
 
-def winograd_output(
+def minimal_output(
     x: jax.Array, kernel: jax.Array, stride: int, pads: Pads, finish: Finish = _same, *, turned: bool = False
 ) -> jax.Array:
-    """x [B, H, W, C] ∗ kernel [3, 3, C, D] at stride 1: [B, H', W', D], through `finish`, which sees it by chunks.
+    """x [B, H, W, C] ∗ kernel [h, w, C, D] at stride 1, h and w odd: [B, H', W', D], through `finish`, by chunks.
 
     `turned`: x has the kernel's D channels, and becomes C by the kernel turned round, as in the gradient of an input.
     """
-    height, width = (side + sum(pad) - 2 for side, pad in zip(x.shape[1:3], pads, strict=True))
-    filters = _both_axes(_of_kernel, [[kernel[i, j] for j in range(3)] for i in range(3)])
-    if turned:  # the transform of a kernel turned round has the same elements
-        filters = [[filters[i][j].T for j in (3, 1, 2, 0)] for i in (3, 1, 2, 0)]
+    size = kernel.shape[:2]
+    height, width = (side + sum(pad) - k + 1 for side, pad, k in zip(x.shape[1:3], pads, size, strict=True))
+    taps = kernel[::-1, ::-1] if turned else kernel
+    units = _both_axes(_of_kernel, [[taps[i, j] for j in range(size[1])] for i in range(size[0])])
+    filters = [
+        [jnp.concatenate([units[u][v].T if turned else units[u][v] for u, v in which]) for which in row]
+        for row in _units(size)
+    ]
 
     def chunk(x: jax.Array) -> jax.Array:
-        planes = _both_axes(_of_input, _tiles(x, pads))
-        products = [[planes[i][j] @ filters[i][j] for j in range(4)] for i in range(4)]
-        y = jnp.stack([jnp.stack(row, 3) for row in _both_axes(_to_output, products)], 2)  # [B, down, 2, across, 2, D]
-        return finish(y.reshape(len(x), 2 * y.shape[1], 2 * y.shape[3], -1)[:, :height, :width])
+        products = [list(map(jnp.matmul, *rows)) for rows in zip(_met(x, size, pads), filters, strict=True)]
+        y = jnp.stack([jnp.stack(row, 3) for row in _both_axes(_to_output, products)], 2)
+        _, down, rows, across, columns, _ = y.shape  # rows and columns of a tile's output: 2, or 1 of a single tap
+        return finish(y.reshape(len(x), down * rows, across * columns, -1)[:, :height, :width])
 
-    return _by_chunks(chunk, x)
-
-
-def line_output(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads, finish: Finish = _same) -> jax.Array:
-    """x [B, H, W, C] ∗ kernel [7, 1, C, D] or [1, 7, C, D] at stride 1: [B, H', W', D], through `finish`.
-
-    Two outputs in a row take four products of the first three taps, F(2, 3), four of the last three, whose transformed
-    pixels are those of the first two tiles further on, and one each of the tap between.
-    """
-    axis = 1 if kernel.shape[0] == 7 else 2
-    k = kernel.reshape(7, *kernel.shape[2:])
-    length = x.shape[axis] + sum(pads[axis - 1]) - 6
-    tiles = -(-length // 2)
-    ends = [(0, 0, 0), *((*pad, 0) for pad in pads), (0, 0, 0)]
-    ends[axis] = (ends[axis][0], ends[axis][1] + length % 2, 0)
-    first, last = _of_kernel(k[:3]), _of_kernel(k[4:])
-    filters = [jnp.concatenate(pair) for pair in zip(first, last, strict=True)]
-    filters[0], filters[3] = jnp.concatenate([filters[0], k[3]]), jnp.concatenate([filters[3], -k[3]])
-
-    def some(x: jax.Array, start: int, n: int = tiles) -> jax.Array:
-        return lax.slice_in_dim(x, start, start + n, axis=axis)
-
-    def chunk(x: jax.Array) -> jax.Array:
-        x = lax.pad(x, jnp.zeros((), x.dtype), ends)
-        even, odd = (lax.slice_in_dim(x, i, None, 2, axis) for i in range(2))
-        planes = _of_input([some(pixels, i, tiles + 2) for i in range(2) for pixels in (even, odd)])
-        pairs = [[some(plane, 0), some(plane, 2)] for plane in planes]
-        pairs[0], pairs[3] = [*pairs[0], some(odd, 1)], [*pairs[3], some(even, 2)]
-        products = [jnp.concatenate(p, -1) @ f for p, f in zip(pairs, filters, strict=True)]
-        y = jnp.stack(_to_output(products), axis + 1)
-        return finish(some(y.reshape(*y.shape[:axis], 2 * tiles, *y.shape[axis + 2 :]), 0, length))
-
-    return _by_chunks(chunk, x)
+    pixels, summed = math.prod(x.shape[1:3]), filters[-1][-1].shape[0]
+    return _by_chunks(chunk, x, pixels if summed >= CHUNK_CHANNELS else (pixels + 1) // 2)
 
 
-def winograd_kernel_gradient(x: jax.Array, dy: jax.Array, pads: Pads) -> jax.Array:
-    """The gradient [3, 3, C, D] of the kernel, from x [B, H, W, C] and the output's gradient [B, H', W', D]."""
+def minimal_kernel_gradient(x: jax.Array, dy: jax.Array, size: tuple[int, int], pads: Pads) -> jax.Array:
+    """The gradient [*size, C, D] of the kernel, from x [B, H, W, C] and the output's gradient [B, H', W', D]."""
+    steps = [2 if k > 1 else 1 for k in size]
 
-    def tiles(x: jax.Array, dy: jax.Array) -> jax.Array:
-        xs = _both_axes(_of_input, _tiles(x, pads))
-        dy = jnp.pad(dy, ((0, 0), (0, dy.shape[1] % 2), (0, dy.shape[2] % 2), (0, 0)))
-        dys = _both_axes(_of_gradient, [[dy[:, i::2, j::2] for j in range(2)] for i in range(2)])
-        products = [[_flat(xs[i][j]).T @ _flat(dys[i][j]) for j in range(4)] for i in range(4)]
-        return jnp.stack([jnp.stack(row) for row in products])
+    def products(x: jax.Array, dy: jax.Array) -> jax.Array:
+        ends = [(0, -side % step) for side, step in zip(dy.shape[1:3], steps, strict=True)]
+        dy = jnp.pad(dy, ((0, 0), *ends, (0, 0)))
+        planes = _both_axes(
+            _of_gradient, [[dy[:, i :: steps[0], j :: steps[1]] for j in range(steps[1])] for i in range(steps[0])]
+        )
+        pairs = zip(sum(_met(x, size, pads), []), sum(planes, []), strict=True)
+        return jnp.concatenate([_flat(pixels).T @ _flat(plane) for pixels, plane in pairs])
 
-    total = _sum_by_chunks(tiles, x, dy)
-    rows = _both_axes(_to_kernel, [[total[i, j] for j in range(4)] for i in range(4)])
-    return jnp.stack([jnp.stack(row) for row in rows])
+    total = _sum_by_chunks(products, x, dy).reshape(-1, x.shape[3], dy.shape[3])
+    units = dict(zip(sum(sum(_units(size), []), []), total, strict=True))
+    height, width = (3 * (k // 2) + 1 for k in size)
+    taps = _both_axes(_to_kernel, [[units[u, v] for v in range(width)] for u in range(height)])
+    return jnp.stack([jnp.stack(row) for row in taps])
 
 
 def windows(
@@ -302,9 +315,7 @@ def fastest(kernel: jax.Array, stride: int) -> Callable[..., jax.Array]:
         return direct
     if stride > 1:
         return patch_output if min(size) >= stride else direct
-    if min(size) >= 5:
-        return row_output
-    return {(3, 3): winograd_output, (7, 1): line_output, (1, 7): line_output}.get(size, direct)
+    return minimal_output if size in MINIMAL else direct
 
 
 def _input_gradient(x: jax.Array, dy: jax.Array, kernel: jax.Array, stride: int, pads: Pads) -> jax.Array:
@@ -316,9 +327,7 @@ def _input_gradient(x: jax.Array, dy: jax.Array, kernel: jax.Array, stride: int,
     if way is direct or stride > 1:
         return jax.linear_transpose(lambda x: direct(x, kernel, stride, pads), x)(dy)[0]
     around = tuple((k - 1 - low, k - 1 - high) for k, (low, high) in zip(kernel.shape[:2], pads, strict=True))
-    if way is winograd_output:
-        return winograd_output(dy, kernel, 1, around, turned=True)
-    return way(dy, kernel[::-1, ::-1].swapaxes(2, 3), 1, around)
+    return minimal_output(dy, kernel, 1, around, turned=True)
 
 
 def explicit_pads(
@@ -387,8 +396,8 @@ def _backward(relu, stride, pads, saved, dy):
     of_bias = dy.sum((0, 1, 2)) if biased else None
     scaled = kernel if factor is None else kernel * factor
     of_x = _input_gradient(x, dy, scaled, stride, pads)
-    if fastest(kernel, stride) is winograd_output:
-        of_kernel = winograd_kernel_gradient(x, dy, pads)
+    if fastest(kernel, stride) is minimal_output:
+        of_kernel = minimal_kernel_gradient(x, dy, kernel.shape[:2], pads)
     else:
         of_kernel = tap_kernel_gradient(x, dy, kernel.shape[:2], stride, pads)
     if factor is None:
