@@ -53,17 +53,17 @@ ZOO: dict[str, Spec] = {
     "resnet101_scale": resnet.spec_scale((3, 4, 23, 3), 44_759_848, 7.55),
     "resnet152_scale": resnet.spec_scale((3, 8, 36, 3), 60_495_656, 11.26),
     "densenet121": densenet.spec(
-        (6, 12, 24, 16), 8_062_504, 2.83, "9d60b8095a5708f2dcce2bca79d332c7", "30ee3e1110167f948a6b9946edeeb738"
+        (6, 12, 24, 16), 8_062_504, 2.60, "9d60b8095a5708f2dcce2bca79d332c7", "30ee3e1110167f948a6b9946edeeb738"
     ),
     "densenet169": densenet.spec(
-        (6, 12, 32, 32), 14_307_880, 3.36, "d699b8f76981ab1b30698df4c175e90b", "b8c4d4c20dd625c148057b9ff1c1176b"
+        (6, 12, 32, 32), 14_307_880, 3.09, "d699b8f76981ab1b30698df4c175e90b", "b8c4d4c20dd625c148057b9ff1c1176b"
     ),
     "densenet201": densenet.spec(
-        (6, 12, 48, 32), 20_242_984, 4.29, "1ceb130c1ea1b78c3bf6114dbdfd8807", "c13680b51ded0fb44dff2d8f86ac8bb1"
+        (6, 12, 48, 32), 20_242_984, 3.90, "1ceb130c1ea1b78c3bf6114dbdfd8807", "c13680b51ded0fb44dff2d8f86ac8bb1"
     ),
-    "densenet121_scale": densenet.spec_scale((6, 12, 24, 16), 8_146_152, 2.83),
-    "densenet161_scale": densenet.spec_scale((6, 12, 36, 24), 29_120_872, 7.73, growth=48, stem_width=96),
-    "densenet169_scale": densenet.spec_scale((6, 12, 32, 32), 14_466_280, 3.36),
+    "densenet121_scale": densenet.spec_scale((6, 12, 24, 16), 8_146_152, 2.60),
+    "densenet161_scale": densenet.spec_scale((6, 12, 36, 24), 29_120_872, 7.05, growth=48, stem_width=96),
+    "densenet169_scale": densenet.spec_scale((6, 12, 32, 32), 14_466_280, 3.09),
 }
 
 

@@ -44,7 +44,8 @@ class Spec:
         classifier: the weighted layers, head included, that a file without a classifier lacks.
         num_classes: of the published weights.
         num_params: with that classifier, running statistics included, as Keras counts them.
-        gmac: 10⁹ multiply-accumulates of convolutions and dense layers, for one image of the native size.
+        gmac: 10⁹ multiply-accumulates of convolutions and dense layers, for one image of the native size; of a
+            DenseNet with its transitions' convolutions behind their means, where the source has them before.
         weights: `"imagenet"` (with classifier) and `"imagenet-notop"` → published files, with `"-th"` in Theano's form.
         aliases: other names that weight files use → layer names of the net.
         flattened: dense layer behind a Flatten → (height, width) of the map that is flattened.
@@ -167,6 +168,8 @@ class Conv(nn.Module):
         features, kernel_size, strides, padding: as of `flax.linen.Conv`, with one stride for both axes.
         use_bias: whether there is a bias.
         relu: whether a ReLU follows, behind the BatchNorm if there is one.
+        mean: for a 1×1 convolution, a mean over windows that comes before it; they commute, and it is taken behind it,
+            where there are fewer channels.
         dtype: of the computation; parameters are float32.
     """
 
@@ -176,6 +179,7 @@ class Conv(nn.Module):
     padding: Padding = "SAME"
     use_bias: bool = True
     relu: bool = False
+    mean: Callable[[jax.Array], jax.Array] | None = None
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -184,14 +188,16 @@ class Conv(nn.Module):
         kernel_shape = (*self.kernel_size, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.glorot_uniform(), kernel_shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
-        x, options = x.astype(self.dtype), {"strides": self.strides, "padding": self.padding}
-        if norm is None:
-            return convolve(x, kernel, bias, relu=self.relu, **options)
-        if norm.inference:
-            factor, shift = norm.affine(bias)
-            return convolve(x, kernel, shift, factor=factor, relu=self.relu, **options)
-        x = norm.of_batch(convolve(x, kernel, -norm.offset(bias), **options), bias)
-        return nn.relu(x) if self.relu else x
+        factor, shift = None, bias
+        if norm is not None:
+            factor, shift = norm.affine(bias) if norm.inference else (None, -norm.offset(bias))
+        statistics = norm is not None and not norm.inference
+        relu = self.relu and self.mean is None and not statistics
+        options = {"strides": self.strides, "padding": self.padding}
+        x = convolve(x.astype(self.dtype), kernel, shift, factor=factor, relu=relu, **options)
+        x = x if self.mean is None else self.mean(x)
+        x = norm.of_batch(x, bias) if statistics else x
+        return nn.relu(x) if self.relu and not relu else x
 
 
 def conv(
@@ -206,10 +212,11 @@ def conv(
     norm: BatchNorm | None = None,
     scale: str | None = None,
     relu: bool = False,
+    mean: Callable[[jax.Array], jax.Array] | None = None,
     dtype: DTypeLike,
 ) -> jax.Array:
     """A convolution and what follows it, `scale` being a Scale's name; to be called inside a compact module."""
-    x = Conv(width, kernel, strides, padding, bias, relu and not scale, dtype=dtype, name=name)(x, norm)
+    x = Conv(width, kernel, strides, padding, bias, relu and not scale, mean, dtype, name=name)(x, norm)
     if scale is None:
         return x
     x = Scale(dtype, name=scale)(x)

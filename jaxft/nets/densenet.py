@@ -114,7 +114,8 @@ class DenseNet(nn.Module):
             x = norm_relu(x, stem)
             if s > len(self.depths):
                 return x
-            return avg_pool(convolve(x, name, x.shape[-1] // 2, (1, 1)), (2, 2), (2, 2))
+            # The mean comes behind the convolution in the source. They commute, and a quarter of the pixels is left.
+            return convolve(avg_pool(x, (2, 2), (2, 2)), name, x.shape[-1] // 2, (1, 1))
 
         stages: list[Stage] = [
             ("conv1", stem),

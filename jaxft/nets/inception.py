@@ -1,7 +1,7 @@
 """Inception-V3 (Szegedy et al., 2015, arXiv:1512.00567) and V4 (2016, arXiv:1602.07261), each a table of branches."""
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -232,18 +232,21 @@ class Inception(nn.Module):
             yield from layers
 
     def _run(self, chain: Chain, train: bool, x: jax.Array) -> jax.Array:
+        mean = None  # that the next convolution, if there is one, takes
         for part in chain:
             if isinstance(part, Conv):
-                x = self._conv_bn(x, part, train)
+                x, mean = self._conv_bn(x, part, mean, train), None
             elif isinstance(part, Fork):
                 x = jnp.concatenate([self._run(branch, train, x) for branch in part.branches], -1)
             elif part.kind == "max":
                 x = max_pool(x, (3, 3), (part.strides,) * 2, part.padding)
             else:
-                x = avg_pool(x, (3, 3), (part.strides,) * 2, part.padding)
-        return x
+                mean = partial(avg_pool, window=(3, 3), strides=(part.strides,) * 2, padding=part.padding)
+        return x if mean is None else mean(x)
 
-    def _conv_bn(self, x: jax.Array, part: Conv, train: bool) -> jax.Array:
+    def _conv_bn(
+        self, x: jax.Array, part: Conv, mean: Callable[[jax.Array], jax.Array] | None, train: bool
+    ) -> jax.Array:
         norm = batch_norm(
             f"batch_normalization_{part.number}",
             part.width,
@@ -264,6 +267,7 @@ class Inception(nn.Module):
             bias=self.relu_first,
             norm=None if self.relu_first else norm,
             relu=True,
+            mean=mean,
             dtype=self.dtype,
         )
         return norm(x) if self.relu_first else x
