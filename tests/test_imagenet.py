@@ -1,4 +1,4 @@
-"""Real ImageNet files, where they are in the cache, on a real photograph: `pytest -s -m slow tests/test_imagenet.py`.
+"""Real ImageNet files, where they are in the cache, on a photograph: `pytest -s -n 0 -m slow tests/test_imagenet.py`.
 
 The files are those that `weights="imagenet"` fetches, in the folder of the net's name in the cache; nets without a
 published file are looked for there as NET.h5.

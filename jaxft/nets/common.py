@@ -188,16 +188,17 @@ class Conv(nn.Module):
         kernel_shape = (*self.kernel_size, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.glorot_uniform(), kernel_shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
-        factor, shift = None, bias
-        if norm is not None:
-            factor, shift = norm.affine(bias) if norm.inference else (None, -norm.offset(bias))
-        statistics = norm is not None and not norm.inference
-        relu = self.relu and self.mean is None and not statistics
-        options = {"strides": self.strides, "padding": self.padding}
-        x = convolve(x.astype(self.dtype), kernel, shift, factor=factor, relu=relu, **options)
+        of_batch = norm is not None and not norm.inference
+        if norm is None:
+            factor, shift = None, bias
+        else:
+            factor, shift = (None, -norm.offset(bias)) if of_batch else norm.affine(bias)
+        at_once = not of_batch and self.mean is None  # a ReLU follows the convolution itself
+        options = {"strides": self.strides, "padding": self.padding, "relu": self.relu and at_once}
+        x = convolve(x.astype(self.dtype), kernel, shift, factor=factor, **options)
         x = x if self.mean is None else self.mean(x)
-        x = norm.of_batch(x, bias) if statistics else x
-        return nn.relu(x) if self.relu and not relu else x
+        x = norm.of_batch(x, bias) if of_batch else x
+        return nn.relu(x) if self.relu and not at_once else x
 
 
 def conv(

@@ -35,7 +35,7 @@ Planes = list[list[jax.Array]]  # [i][j]: element (i, j) of every tile, [B, tile
 Pads = tuple[tuple[int, int], tuple[int, int]]  # ((above, below), (left, right))
 Finish = Callable[[jax.Array], jax.Array]  # what is done to a chunk of the output at once
 
-MINIMAL = ((3, 3), (5, 5), (1, 3), (3, 1), (1, 7), (7, 1))
+MINIMAL = ((3, 3), (5, 5), (1, 3), (3, 1), (1, 7), (7, 1))  # kernels that are filtered minimally
 MIN_MACS = 2**25  # multiply-adds of the batch: less is done in a millisecond, and not worth the longer compilation
 MIN_CHANNELS = 32  # fewer make products too thin to pay for the transforms
 IMAGE_CHANNELS = 4  # no more are laid side by side with those of the next pixel
@@ -92,19 +92,32 @@ def _units(size: tuple[int, int]) -> list[list[list[tuple[int, int]]]]:
     return [[[(u, v) for u in down for v in across] for across in columns] for down in rows]
 
 
-def _met(x: jax.Array, size: tuple[int, int], pads: Pads) -> Planes:
-    """The transformed elements of tiles of 4 pixels at steps of 2, for each unit that meets them side by side."""
-    steps = [2 if k > 1 else 1 for k in size]
-    ends = [
-        (before, after + (side + before + after) % step, 0)
-        for side, (before, after), step in zip(x.shape[1:3], pads, steps, strict=True)
-    ]
-    x = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *ends, (0, 0, 0)))
+def windows(
+    x: jax.Array, size: tuple[int, int], strides: tuple[int, int], pads: Pads, fill: float = 0.0
+) -> list[jax.Array]:
+    """For each place in a window, in the order of rows, the pixels that lie there: [B, H', W', C]."""
+    x = lax.pad(x, jnp.array(fill, x.dtype), ((0, 0, 0), *((*pad, 0) for pad in pads), (0, 0, 0)))
     rows, columns = (
-        [slice(i, side - 3 + i, 2) for i in range(4)] if k > 1 else [slice(None)]
-        for side, k in zip(x.shape[1:3], size, strict=True)
+        [slice(i, i + (side - k) // stride * stride + 1, stride) for i in range(k)]
+        for side, k, stride in zip(x.shape[1:3], size, strides, strict=True)
     )
-    planes = _both_axes(_of_input, [[x[:, row, column] for column in columns] for row in rows])
+    return [x[:, row, column] for row in rows for column in columns]
+
+
+def _tiles(x: jax.Array, length: int, size: tuple[int, int], pads: Pads) -> Planes:
+    """Elements of tiles of `length` pixels at steps of 2, along the axes of a kernel of that size with several taps."""
+    window, steps = ([n if k > 1 else 1 for k in size] for n in (length, 2))
+    ends = tuple(
+        (before, after + (side + before + after) % step)
+        for side, (before, after), step in zip(x.shape[1:3], pads, steps, strict=True)
+    )
+    elements = windows(x, tuple(window), tuple(steps), ends)
+    return [elements[i : i + window[1]] for i in range(0, len(elements), window[1])]
+
+
+def _met(x: jax.Array, size: tuple[int, int], pads: Pads) -> Planes:
+    """The transformed elements of tiles of 4 pixels, for each unit that meets them side by side."""
+    planes = _both_axes(_of_input, _tiles(x, 4, size, pads))
     down, across = (n - max(k // 2 - 1, 0) for n, k in zip(planes[0][0].shape[1:3], size, strict=True))
 
     def side_by_side(plane: jax.Array, units: list[tuple[int, int]]) -> jax.Array:
@@ -184,14 +197,9 @@ def minimal_output(
 
 def minimal_kernel_gradient(x: jax.Array, dy: jax.Array, size: tuple[int, int], pads: Pads) -> jax.Array:
     """The gradient [*size, C, D] of the kernel, from x [B, H, W, C] and the output's gradient [B, H', W', D]."""
-    steps = [2 if k > 1 else 1 for k in size]
 
     def products(x: jax.Array, dy: jax.Array) -> jax.Array:
-        ends = [(0, -side % step) for side, step in zip(dy.shape[1:3], steps, strict=True)]
-        dy = jnp.pad(dy, ((0, 0), *ends, (0, 0)))
-        planes = _both_axes(
-            _of_gradient, [[dy[:, i :: steps[0], j :: steps[1]] for j in range(steps[1])] for i in range(steps[0])]
-        )
+        planes = _both_axes(_of_gradient, _tiles(dy, 2, size, ((0, 0), (0, 0))))
         pairs = zip(sum(_met(x, size, pads), []), sum(planes, []), strict=True)
         return jnp.concatenate([_flat(pixels).T @ _flat(plane) for pixels, plane in pairs])
 
@@ -200,18 +208,6 @@ def minimal_kernel_gradient(x: jax.Array, dy: jax.Array, size: tuple[int, int], 
     height, width = (3 * (k // 2) + 1 for k in size)
     taps = _both_axes(_to_kernel, [[units[u, v] for v in range(width)] for u in range(height)])
     return jnp.stack([jnp.stack(row) for row in taps])
-
-
-def windows(
-    x: jax.Array, size: tuple[int, int], strides: tuple[int, int], pads: Pads, fill: float = 0.0
-) -> list[jax.Array]:
-    """For each place in a window, in the order of rows, the pixels that lie there: [B, H', W', C]."""
-    x = lax.pad(x, jnp.array(fill, x.dtype), ((0, 0, 0), *((*pad, 0) for pad in pads), (0, 0, 0)))
-    rows, columns = (
-        [slice(i, i + (side - k) // stride * stride + 1, stride) for i in range(k)]
-        for side, k, stride in zip(x.shape[1:3], size, strides, strict=True)
-    )
-    return [x[:, row, column] for row in rows for column in columns]
 
 
 def tap_kernel_gradient(x: jax.Array, dy: jax.Array, size: tuple[int, int], stride: int, pads: Pads) -> jax.Array:

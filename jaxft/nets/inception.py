@@ -1,7 +1,7 @@
 """Inception-V3 (Szegedy et al., 2015, arXiv:1512.00567) and V4 (2016, arXiv:1602.07261), each a table of branches."""
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,13 +15,17 @@ from jaxft.nets.cpu_pool import avg_pool, max_pool
 
 
 class Conv(NamedTuple):
-    """A convolution with its BatchNorm and ReLU; `number` counts them through the net, as automatic names do."""
+    """A convolution with its BatchNorm and ReLU; `number` counts them through the net, as automatic names do.
+
+    `pooled`: a 1×1 one behind an average pooling as `Pool` does it at stride 1.
+    """
 
     width: int
     kernel: tuple[int, int]
     strides: int = 1
     padding: str = "SAME"
     number: int = 0
+    pooled: bool = False
 
 
 class Pool(NamedTuple):
@@ -72,12 +76,12 @@ def v3(pool_projections: tuple[int, int, int], mixed7_entry: int, last_reduction
     }
     for i, width in enumerate(pool_projections):
         table[f"mixed{i}"] = fork(
-            (c(64, 1),), (c(48, 1), c(64, 5)), (c(64, 1), c(96, 3), c(96, 3)), (Pool("avg"), c(width, 1))
+            (c(64, 1),), (c(48, 1), c(64, 5)), (c(64, 1), c(96, 3), c(96, 3)), (c(width, 1, pooled=True),)
         )
     table["mixed3"] = fork((c(384, 3, **HALVE),), (c(64, 1), c(96, 3), c(96, 3, **HALVE)), (Pool("max", **HALVE),))
     for i, (w, entry) in enumerate(((128, 128), (160, 160), (160, 160), (192, mixed7_entry)), 4):
         table[f"mixed{i}"] = fork(
-            (c(192, 1),), chain(7, w, w, 192), chain(7, entry, w, w, w, 192, first=0), (Pool("avg"), c(192, 1))
+            (c(192, 1),), chain(7, w, w, 192), chain(7, entry, w, w, w, 192, first=0), (c(192, 1, pooled=True),)
         )
     table["mixed8"] = fork(
         (c(192, 1), c(320, 3, **HALVE)),
@@ -86,7 +90,7 @@ def v3(pool_projections: tuple[int, int, int], mixed7_entry: int, last_reduction
     )
     for i in (9, 10):
         table[f"mixed{i}"] = fork(
-            (c(320, 1),), (c(384, 1), cross(384)), (c(448, 1), c(384, 3), cross(384)), (Pool("avg"), c(192, 1))
+            (c(320, 1),), (c(384, 1), cross(384)), (c(448, 1), c(384, 3), cross(384)), (c(192, 1, pooled=True),)
         )
     return table
 
@@ -103,7 +107,7 @@ def v4(blocks: tuple[int, int, int] = (4, 7, 3)) -> dict[str, Chain]:
     }
     for i in range(1, blocks[0] + 1):
         table[f"inception_a{i}"] = fork(
-            (c(96, 1),), (c(64, 1), c(96, 3)), (c(64, 1), c(96, 3), c(96, 3)), (Pool("avg"), c(96, 1))
+            (c(96, 1),), (c(64, 1), c(96, 3)), (c(64, 1), c(96, 3), c(96, 3)), (c(96, 1, pooled=True),)
         )
     table["reduction_a"] = fork(
         (c(384, 3, **HALVE),), (c(192, 1), c(224, 3), c(256, 3, **HALVE)), (Pool("max", **HALVE),)
@@ -113,7 +117,7 @@ def v4(blocks: tuple[int, int, int] = (4, 7, 3)) -> dict[str, Chain]:
             (c(384, 1),),
             chain(7, 192, 224, 256),
             chain(7, 192, 192, 224, 224, 256, first=0),
-            (Pool("avg"), c(128, 1)),
+            (c(128, 1, pooled=True),),
         )
     table["reduction_b"] = fork(
         (c(192, 1), c(192, 3, **HALVE)), (*chain(7, 256, 256, 320), c(320, 3, **HALVE)), (Pool("max", **HALVE),)
@@ -123,7 +127,7 @@ def v4(blocks: tuple[int, int, int] = (4, 7, 3)) -> dict[str, Chain]:
             (c(256, 1),),
             (c(384, 1), cross(256)),
             (c(384, 1), c(448, 3, 1), c(512, 1, 3), Fork(((c(256, 1, 3),), (c(256, 3, 1),)))),
-            (Pool("avg"), c(256, 1)),
+            (c(256, 1, pooled=True),),
         )
     return table
 
@@ -217,6 +221,8 @@ class Inception(nn.Module):
         for part in reversed(chain):
             if isinstance(part, Conv):
                 unit = [f"conv2d_{part.number}", f"batch_normalization_{part.number}"]
+                if part.pooled:
+                    unit.insert(0, f"{name}_pool")
                 if not self.relu_first:
                     unit.append(f"activation_{part.number}")
                 layers = [(below + len(unit) - i, layer) for i, layer in enumerate(unit)]
@@ -232,21 +238,18 @@ class Inception(nn.Module):
             yield from layers
 
     def _run(self, chain: Chain, train: bool, x: jax.Array) -> jax.Array:
-        mean = None  # that the next convolution, if there is one, takes
         for part in chain:
             if isinstance(part, Conv):
-                x, mean = self._conv_bn(x, part, mean, train), None
+                x = self._conv_bn(x, part, train)
             elif isinstance(part, Fork):
                 x = jnp.concatenate([self._run(branch, train, x) for branch in part.branches], -1)
             elif part.kind == "max":
                 x = max_pool(x, (3, 3), (part.strides,) * 2, part.padding)
             else:
-                mean = partial(avg_pool, window=(3, 3), strides=(part.strides,) * 2, padding=part.padding)
-        return x if mean is None else mean(x)
+                x = avg_pool(x, (3, 3), (part.strides,) * 2, part.padding)
+        return x
 
-    def _conv_bn(
-        self, x: jax.Array, part: Conv, mean: Callable[[jax.Array], jax.Array] | None, train: bool
-    ) -> jax.Array:
+    def _conv_bn(self, x: jax.Array, part: Conv, train: bool) -> jax.Array:
         norm = batch_norm(
             f"batch_normalization_{part.number}",
             part.width,
@@ -267,7 +270,7 @@ class Inception(nn.Module):
             bias=self.relu_first,
             norm=None if self.relu_first else norm,
             relu=True,
-            mean=mean,
+            mean=partial(avg_pool, window=(3, 3), padding="SAME") if part.pooled else None,
             dtype=self.dtype,
         )
         return norm(x) if self.relu_first else x
