@@ -34,6 +34,7 @@ import jax
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -235,14 +236,22 @@ def draw(table: pathlib.Path) -> None:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    shown = Table(title=f"{rows[0]['net']}, {rows[0]['freeze']} frozen, {rows[0]['dtype']}, {rows[0]['hardware']}")
-    columns = ["side", "images_per_second", "seconds_per_step", "fastest", "slowest"]
-    columns += ["peak_mb", "compile_s", "share_of_peak"]
-    for column in columns:
-        is_name = column == "side"
-        shown.add_column(column.replace("_", " "), justify="left" if is_name else "right", no_wrap=is_name)
+    title = f"{rows[0]['net']}, {rows[0]['freeze']} frozen, {rows[0]['dtype']}, {rows[0]['hardware']}"
+    shown = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))  # 80 columns hold it whole
+    headings = {
+        "side": "side",
+        "images / s": "images_per_second",
+        "s/step": "seconds_per_step",
+        "fastest": "fastest",
+        "slowest": "slowest",
+        "peak MB": "peak_mb",
+        "compile s": "compile_s",
+        "of peak": "share_of_peak",
+    }
+    for heading in headings:
+        shown.add_column(heading, justify="left" if heading == "side" else "right", no_wrap=heading == "side")
     for row in rows:
-        shown.add_row(*(str(row[column]) for column in columns))
+        shown.add_row(*(str(row[column]) for column in headings.values()))
     Console().print(shown)
 
 

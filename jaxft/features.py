@@ -21,8 +21,8 @@ from jaxft import masking, report
 from jaxft.data.augment import warp
 from jaxft.data.cache import Cache
 
-Prefix = Callable[[Mapping[str, Any], Any, Any], jax.Array]
-"""(variables, uint8 images [B, H, W, 3], None or the `row` of each) → what the last frozen stage gives."""
+Prefix = jax.stages.Wrapped
+"""Jitted: (variables, uint8 images [B, H, W, 3], None or the `row` of each) → what the last frozen stage gives."""
 
 
 def cut(net: Any, frozen: frozenset[str], weighted: Sequence[str]) -> str | None:
@@ -67,7 +67,7 @@ def make_prefix(
 
 
 def identity(net: nn.Module, variables: Mapping[str, Any], stage: str, **inputs: Any) -> dict[str, Any]:
-    """What the features depend on, as JSON values: two caches of one identity hold the same bits.
+    """What the features depend on, as JSON values; with the program that `open_cache` adds, to the bit.
 
     Args:
         net, variables: the backbone and what fills it; weights behind `stage` do not count.
@@ -155,7 +155,8 @@ def open_cache(
 
     Args:
         prefix, variables: what computes them.
-        identity: from the function of that name.
+        identity: from the function of that name. The lowered program is added, so that features which another batch
+            size or another version of jaxft gave, with other rounding, are not taken for these.
         batches: image indices, int [m] → their batches in order, as `loader.eval_batches` gives them.
         wanted: number of a view, None without augmentation → images, int [n].
         examples: in the dataset.
@@ -171,8 +172,9 @@ def open_cache(
 
     first_view, first_indices = next(iter(wanted.items()))
     first = inputs(first_view, next(iter(batches(first_indices))))
-    like = jax.eval_shape(prefix, variables, *first)
-    name = f"{identity['net'].lower()}-{identity['stage']}"
+    lowered = prefix.lower(variables, *first)
+    like, program = lowered.out_info, hashlib.sha256(lowered.as_text().encode()).hexdigest()
+    name, identity = f"{identity['net'].lower()}-{identity['stage']}", {**identity, "program": program}
     caches = {
         view: Cache("features", name, {**identity, "view": view}, indices, like.shape[1:], like.dtype)
         for view, indices in wanted.items()

@@ -222,7 +222,6 @@ def finetune(
                     preprocessing=preprocessing,
                     augmentation=augmentation,
                     seed=seed,
-                    batch=batch_size,
                 ),
                 lambda indices: map(with_images, loader.eval_batches(images, indices, **whole)),
                 augmented if augmentation else {None: np.union1d(train_indices, test_indices)},

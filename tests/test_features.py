@@ -51,6 +51,22 @@ def test_views_differ_from_each_other_and_from_the_plain_image(tmp_path):
     assert np.abs(held[0] - held[1]).max() > 1e-3
 
 
+def test_features_of_another_arithmetic_are_not_read(tmp_path, monkeypatch, cache):
+    """Bug: after an update of jaxft, features that round as the former version did are taken for today's."""
+    frozen_run(tmp_path / "before", augmentation={}, cache_features="on")
+    frozen_run(tmp_path / "again", augmentation={}, cache_features="on")
+    assert len(list((cache / "features").iterdir())) == 1
+    make_prefix = features.make_prefix
+
+    def rounds_otherwise(*settings):
+        prefix = make_prefix(*settings)
+        return jax.jit(lambda *inputs: prefix(*inputs) / 3 * 3)
+
+    monkeypatch.setattr(features, "make_prefix", rounds_otherwise)
+    frozen_run(tmp_path / "after", augmentation={}, cache_features="on")
+    assert len(list((cache / "features").iterdir())) == 2
+
+
 def a_cache(n=40, width=1000):
     cache = Cache("features", "tiny-stem", {"view": None}, np.arange(n), (width,), np.float32)
     whole = np.random.default_rng(0).normal(size=(n, width)).astype(np.float32)
