@@ -56,15 +56,21 @@ def measure(dataset: Dataset, freeze: str, head: str, settings: Settings) -> str
     everything, mesh = np.arange(len(dataset)), predict.data_mesh()
     pixels = loader.decode_once(dataset, everything, size)
     assert pixels, "no room on the disk"
-    images = dataclasses.replace(dataset, images=loader.Decoded(pixels, len(dataset)))
+    images, held = dataset, pixels.on_device()
+    if not held:
+        images = dataclasses.replace(dataset, images=loader.Decoded(pixels, len(dataset)))
     prefix = features.make_prefix(net, stage, normalise, {}, seed=0)
-    whole: dict[str, Any] = {"batch_size": settings.batch_size, "image_size": size}
+    whole: dict[str, Any] = {"batch_size": settings.batch_size, "image_size": None if held else size}
+
+    def with_images(batch: dict[str, Any]) -> dict[str, Any]:
+        return batch | {"image": pixels.take(batch["index"])} if held else batch
+
     began = time.perf_counter()
     caches = features.open_cache(
         prefix,
         variables,
         features.identity(net, variables, stage, data=dataset.fingerprint),
-        lambda indices: loader.eval_batches(images, indices, **whole),
+        lambda indices: map(with_images, loader.eval_batches(images, indices, **whole)),
         {None: everything},
         examples=len(dataset),
         uses=0,
@@ -84,8 +90,7 @@ def measure(dataset: Dataset, freeze: str, head: str, settings: Settings) -> str
             losses = []
             for _ in range(steps):
                 batch: dict[str, Any] = next(batches)
-                if cached:
-                    batch["image"] = caches[None].take(batch["index"])
+                batch = batch | {"image": caches[None].take(batch["index"])} if cached else with_images(batch)
                 batch = predict.shard(batch, mesh)
                 if not cached:
                     batch["image"] = prefix(state.variables(), batch["image"], None)

@@ -6,6 +6,7 @@ python -m benchmarks.flops DTYPE    # prints the peak, in operations a second
 import dataclasses
 import sys
 import time
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -14,8 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft import masking
+from jaxft import masking, train
 from jaxft.train_state import TrainState
+
+off_the_cpu = partial(mock.patch.object, jax, "default_backend", lambda: "gpu")
+"""A context in which nets are traced with XLA's own convolutions and pooling."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +62,7 @@ def calls(net: nn.Module, variables: Any, images: jax.ShapeDtypeStruct) -> list[
         return net.apply(variables, images, train=True, mutable=["batch_stats"], rngs={"dropout": jax.random.key(0)})
 
     relu, max_pool = (mock.patch.object(nn, f.__name__, recorded(f)) for f in (nn.relu, nn.max_pool))
-    with nn.intercept_methods(record), relu, max_pool:
+    with nn.intercept_methods(record), relu, max_pool, off_the_cpu():
         jax.eval_shape(forward, variables, images)
     return found
 
@@ -133,6 +137,18 @@ def kept_bytes(net: nn.Module, state: TrainState, image_size: tuple[int, int], b
         elif behind and call.name == "relu":
             kept["mask", id(call.out)] = call.out.size
     return sum(kept.values())
+
+
+def traced_step(state: TrainState, image_size: tuple[int, int], batch_size: int) -> jax.stages.Traced:
+    """The train step of an abstract state as other platforms than a CPU run it, with XLA's own convolutions.
+
+    Those XLA can count, `.lower().cost_analysis()["flops"]`, on a CPU: a GPU's client does not count, and of a CPU's
+    own convolutions, which are loops over parts of the batch, the count sees one part.
+    """
+    images = jax.ShapeDtypeStruct((batch_size, *image_size, 3), jnp.float32)
+    batch = {"image": images, "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32)}
+    with off_the_cpu():
+        return train.make_train_step(lambda _, images: images).trace(state, batch)
 
 
 def device_peak(dtype: Any) -> float:

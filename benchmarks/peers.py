@@ -7,6 +7,7 @@ steps, which it answers with their seconds.
 """
 
 import dataclasses
+import gc
 import json
 import os
 import pathlib
@@ -62,7 +63,6 @@ def jaxft(job: Job, facts: dict[str, Any]) -> Step:
     import jax.numpy as jnp
     import optax
 
-    from benchmarks import flops
     from jaxft import nets, optim, port_weights, train, train_state
 
     row = nets.spec(job.net)
@@ -75,10 +75,6 @@ def jaxft(job: Job, facts: dict[str, Any]) -> Step:
     images, labels = (jax.device_put(x) for x in job.batch())
     batch = {"image": images, "label": labels}
     step = train.make_train_step(lambda _, images: images)
-    facts["step_flops"] = flops.formula(net, state, job.image_size, job.batch_size)
-    # On a CPU convolutions are loops over parts of the batch, of which XLA's count sees one.
-    on_cpu = facts["device"] == "cpu"
-    facts["lowered_flops"] = None if on_cpu else step.lower(state, batch).cost_analysis()["flops"]
 
     def run() -> Any:
         nonlocal state
@@ -279,6 +275,8 @@ def main() -> None:
     began = time.perf_counter()
     losses += [float(step()) for _ in range(CHECKED_STEPS - 1)]
     facts["compile_s"] = max(0.0, first - (time.perf_counter() - began) / (CHECKED_STEPS - 1))
+    gc.collect()  # the Keras model that filled a net in PyTorch
+    peak()  # hands what the build no longer needs to the other sides
     forget_peak()  # of the build
     print(json.dumps(facts | {"losses": losses}), file=answers, flush=True)
     for line in sys.stdin:

@@ -209,6 +209,7 @@ if __name__ == "__main__":
         facts["loss"] = SIDES[sys.argv[2]](Job(**json.loads(sys.argv[3])), facts)
         print("\n" + json.dumps(facts | {"finished": time.monotonic()}))
     else:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # of a GPU, which parent and sides share
         import tyro  # here, as what the parent alone needs: a side must not pay for it
 
         main(tyro.cli(Settings))

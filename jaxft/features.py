@@ -4,7 +4,6 @@ Its inputs must repeat: images without augmentation, or a fixed number of augmen
 features gives the same losses bit for bit as computing them at every step, because both run the same programs.
 """
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -19,7 +18,7 @@ import numpy as np
 
 from jaxft import masking, report
 from jaxft.data.augment import warp
-from jaxft.data.cache import Cache
+from jaxft.data.cache import Cache, no_room
 
 Prefix = jax.stages.Wrapped
 """Jitted: (variables, uint8 images [B, H, W, 3], None or the `row` of each) → what the last frozen stage gives."""
@@ -50,18 +49,19 @@ def row(view: int, index: np.ndarray, examples: int) -> np.ndarray:
 
 def make_prefix(
     net: nn.Module,
-    stage: str,
+    stage: str | None,
     normalise: Callable[[jax.Array], jax.Array],
     augmentation: Mapping[str, Any],
     seed: int,
 ) -> Prefix:
-    """The jitted net up to `stage`; images that come with rows are augmented, each row in its own way."""
+    """The jitted net up to `stage`, None for preprocessing alone; images that come with rows are augmented by row."""
 
     @jax.jit
     def prefix(variables: Mapping[str, Any], images: jax.Array, rows: jax.Array | None) -> jax.Array:
         if rows is not None:
             images = warp(jax.random.key(seed), images, rows, **augmentation)
-        return net.apply(variables, normalise(images), train=False)[1][stage]  # type: ignore[index]
+        images = normalise(images)
+        return images if stage is None else net.apply(variables, images, train=False)[1][stage]  # type: ignore[index]
 
     return prefix
 
@@ -81,9 +81,7 @@ def identity(net: nn.Module, variables: Mapping[str, Any], stage: str, **inputs:
             for leaf, value in sorted(variables[collection][layer].items()):
                 weights.update(f"{collection}/{layer}/{leaf}".encode())
                 weights.update(np.ascontiguousarray(value))
-    apart = ("parent", "name", "frozen", "num_classes")
-    fields = {f.name: str(getattr(net, f.name)) for f in dataclasses.fields(net) if f.name not in apart}
-    found = {"net": type(net).__name__, "fields": fields, "stage": stage, "weights": weights.hexdigest(), **inputs}
+    found = {"net": type(net).__name__, "stage": stage, "weights": weights.hexdigest(), **inputs}
     versions = report.versions()
     return json.loads(json.dumps(found | {"jax": versions["jaxlib"], "device": versions["device"]}))
 
@@ -127,8 +125,6 @@ def pays(caches: Sequence[Cache], uses: int, image_seconds: float) -> tuple[bool
         uses: images that the run sends through the prefix without a cache, each as often as it is used.
         image_seconds: measured, of the prefix for one image.
     """
-    if reason := next((reason for cache in caches if (reason := cache.no_room())), None):
-        return False, reason
     todo, row_bytes = sum(cache.missing() for cache in caches), caches[0].row_bytes
     row_seconds = row_bytes / write_rate(caches[0].folder.parent)  # reading is no slower than writing
     with_it = todo * (image_seconds + row_seconds) + uses * row_seconds
@@ -179,20 +175,27 @@ def open_cache(
         view: Cache("features", name, {**identity, "view": view}, indices, like.shape[1:], like.dtype)
         for view, indices in wanted.items()
     }
-    if not required and any(cache.missing() for cache in caches.values()):
-        image_seconds = seconds(lambda: prefix(variables, *first)) / len(first[0])
-        worth_it, why = pays(list(caches.values()), uses, image_seconds)
-        print(f"feature cache {'on' if worth_it else 'off'}: {why}", flush=True)
-        if not worth_it:
-            return None
-    for view, cache in caches.items():
+    try:
+        if reason := no_room(caches.values()):
+            raise OSError(reason)
+        if not required and any(cache.missing() for cache in caches.values()):
+            image_seconds = seconds(lambda: prefix(variables, *first)) / len(first[0])
+            worth_it, why = pays(list(caches.values()), uses, image_seconds)
+            print(f"feature cache {'on' if worth_it else 'off'}: {why}", flush=True)
+            if not worth_it:
+                return None
+        size, folder = sum(cache.bytes for cache in caches.values()) / 1e6, caches[first_view].folder.parent
+        print(f"features of {identity['stage']!r} come from {folder} ({size:.0f} MB)", flush=True)
+        for view, cache in caches.items():
 
-        def compute(indices: np.ndarray, view: int | None = view) -> Iterator[np.ndarray]:
-            for batch in batches(indices):
-                yield np.asarray(prefix(variables, *inputs(view, batch)))[batch["weight"] > 0]
+            def compute(indices: np.ndarray, view: int | None = view) -> Iterator[np.ndarray]:
+                for batch in batches(indices):
+                    yield np.asarray(prefix(variables, *inputs(view, batch)))[batch["weight"] > 0]
 
-        cache.fill(compute)
-    folders = {cache.folder.parent for cache in caches.values()}
-    size = sum(cache.bytes for cache in caches.values()) / 1e6
-    print(f"features of {identity['stage']!r} come from {folders.pop()} ({size:.0f} MB)", flush=True)
+            cache.fill(compute)
+    except OSError as error:
+        if required:
+            raise
+        print(f"feature cache off: {error}", flush=True)
+        return None
     return caches

@@ -173,10 +173,12 @@ def finetune(
     state = predict.replicate(state, mesh)
     normalise = PREPROCESSING[preprocessing]
     augmentation = {option: value for option, value in augmentation.items() if value}
+    views = views if augmentation else None
     hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     whole = {"batch_size": batch_size, "image_size": image_size, "scaled": scaled_decode, **hosts}
 
-    # Where the inputs of frozen stages repeat, a step is two programs: up to `stage`, and what follows.
+    # Where the inputs of frozen stages repeat, a step is two programs: up to `stage`, and what follows. Of views on a
+    # net without such stages, the first one augments.
     stage = features.cut(net, frozen, list(variables["params"])) if views or not augmentation else None
     if stage is None and cache_features == "on":
         raise ValueError(
@@ -201,19 +203,19 @@ def finetune(
         return batch | {"image": held.take(batch["index"])} if held else batch
 
     cache = None
-    if stage is None:
+    if stage is None and not views:
         train_step = train.make_train_step(lambda key, x: normalise(warp(key, x, **augmentation)), label_smoothing)
         eval_step = predict.make_eval_step(normalise)
     else:
         prefix = features.make_prefix(net, stage, normalise, augmentation, seed)
         behind = train.make_train_step(lambda _, x: x, label_smoothing, stage)
         eval_behind = predict.make_eval_step(lambda x: x, stage)
-        if cache_features != "off" and jax.process_count() == 1:
+        if stage and cache_features != "off" and jax.process_count() == 1:
             inputs = {"data": dataset.fingerprint, "size": image_size, "scaled": scaled_decode}
-            augmented = {view: train_indices for view in range(views or 0)} | {None: test_indices}
+            augmented = {view: train_indices for view in range(min(views or 0, epochs))} | {None: test_indices}
             cache = features.open_cache(
                 prefix,
-                variables,
+                state.variables(),  # on the device
                 features.identity(
                     net,
                     variables,
@@ -224,7 +226,7 @@ def finetune(
                     seed=seed,
                 ),
                 lambda indices: map(with_images, loader.eval_batches(images, indices, **whole)),
-                augmented if augmentation else {None: np.union1d(train_indices, test_indices)},
+                augmented if views else {None: np.union1d(train_indices, test_indices)},
                 examples=len(dataset),
                 uses=epochs * (steps_per_epoch * batch_size + len(test_indices)),
                 required=cache_features == "on",
@@ -252,7 +254,7 @@ def finetune(
             images, train_indices, seed=seed, start_step=first_step, num_steps=len(steps), **whole
         )
         for step, batch in zip(steps, plain, strict=True):
-            yield with_features(step // steps_per_epoch % views if views and augmentation else None, batch)
+            yield with_features(step // steps_per_epoch % views if views else None, batch)
 
     def evaluate(state: train_state.TrainState) -> predict.Predictions:
         held_out = loader.eval_batches(images, test_indices, **whole)

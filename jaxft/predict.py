@@ -84,12 +84,21 @@ class Predictions:
 def evaluate(state: TrainState, eval_step: EvalStep, batches: Iterable[Batch], mesh: Mesh) -> Predictions:
     """Predicts every image of `batches` once; rows whose `weight` is 0 pad the last batch and are left out."""
     parts = []
+
+    def settle(columns: Batch) -> None:
+        columns = jax.device_get(columns)
+        real = columns["weight"] > 0
+        parts.append([columns[name][real] for name in ("index", "label", "probabilities")])
+
+    pending = None
     for batch in batches:
         columns = {name: batch[name] for name in ("index", "label", "weight")}
         columns["probabilities"] = eval_step(state, shard(batch, mesh)["image"])
         if jax.process_count() > 1:  # each host holds its own rows
             columns = {name: multihost_utils.process_allgather(rows, tiled=True) for name, rows in columns.items()}
-        columns = jax.device_get(columns)
-        real = columns["weight"] > 0
-        parts.append([columns[name][real] for name in ("index", "label", "probabilities")])
+        if pending:
+            settle(pending)  # while the device computes this batch
+        pending = columns
+    if pending:
+        settle(pending)
     return Predictions(*(np.concatenate(column) for column in zip(*parts, strict=True)))

@@ -1,6 +1,7 @@
 """What frozen layers cost: a forward pass, and nothing else."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,8 @@ import pytest
 from jax.extend.core import Literal
 
 from benchmarks import flops
-from jaxft import masking, nets, optim, train, train_state
+from jaxft import features, masking, nets, optim, train, train_state
+from jaxft.nets import cpu_conv
 
 BATCH = 16
 
@@ -48,9 +50,8 @@ def kept_bytes(jaxpr):
         ("inception_v3", "through:mixed7"),
     ],
 )
-def test_a_step_does_and_keeps_what_the_formulas_say(name, freeze, clip_norm, monkeypatch):
+def test_a_step_does_and_keeps_what_the_formulas_say(name, freeze, clip_norm):
     """Bug: frozen layers get gradients, by a norm over all leaves say, keep activations for them, or momentum."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # XLA's convolutions, whose operations are counted
     size = (107, 107) if "inception" in name else (64, 64)
     net = nets.create(name, 10, **nets.any_size(name))
     image = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
@@ -59,12 +60,42 @@ def test_a_step_does_and_keeps_what_the_formulas_say(name, freeze, clip_norm, mo
     net = net.clone(frozen=frozen)
     tx = optim.nesterov_sgd(optax.constant_schedule(1e-3))
     state = jax.eval_shape(lambda v: train_state.create(net, v, tx, frozen=frozen, clip_norm=clip_norm), variables)
-    images = jax.ShapeDtypeStruct((BATCH, *size, 3), jnp.float32)
-    batch = {"image": images, "label": jax.ShapeDtypeStruct((BATCH,), jnp.int32)}
-    step = train.make_train_step(lambda _, images: images).trace(state, batch)
+    step = flops.traced_step(state, size, BATCH)
 
     operations = flops.formula(net, state, size, BATCH) + flops.normalisation(net, state, size, BATCH)
     assert step.lower().cost_analysis()["flops"] == pytest.approx(operations, rel=0.05)
     assert kept_bytes(step.jaxpr.jaxpr) == pytest.approx(flops.kept_bytes(net, state, size, BATCH), rel=0.05)
     momentum = nbytes([leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim])
     assert momentum == nbytes(masking.split(state.params, state.labels)[0])
+
+
+def test_a_step_on_a_cpu_is_the_frozen_stages_forward_and_a_step_behind_them(monkeypatch):
+    """Bug: the convolutions of a CPU, which have gradients of their own, take or keep something for frozen stages."""
+    monkeypatch.setattr(cpu_conv, "MIN_MACS", 1)  # so that small images, too, are computed as large ones are
+    net = nets.create("vgg16", 10, head=())
+    image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+    variables = jax.eval_shape(net.init, jax.random.key(0), image)
+    frozen = masking.frozen_layers(net, "through:block4", variables["params"])
+    net, tx = net.clone(frozen=frozen), optim.nesterov_sgd(optax.constant_schedule(1e-3))
+    state = jax.eval_shape(lambda v: train_state.create(net, v, tx, frozen=frozen), variables)
+
+    def batch(images):
+        return {"image": images, "label": jax.ShapeDtypeStruct((BATCH,), jnp.int32)}
+
+    images = jax.ShapeDtypeStruct((BATCH, 64, 64, 3), jnp.float32)
+    prefix = features.make_prefix(net, "block4", lambda x: x, {}, 0).lower(variables, images, None)
+    programs = [
+        train.make_train_step(lambda _, x: x).lower(state, batch(images)),
+        train.make_train_step(lambda _, x: x, start="block4").lower(state, batch(prefix.out_info)),
+        prefix,
+    ]
+    whole, behind, frozen_part = (program.compile() for program in programs)
+
+    def products(program):
+        return len(re.findall(r" (?:dot|convolution)\(", program.as_text()))
+
+    def held(program):
+        return program.memory_analysis().temp_size_in_bytes
+
+    assert products(whole) == products(behind) + products(frozen_part) > 100
+    assert held(whole) <= 1.05 * (held(behind) + held(frozen_part) + nbytes(prefix.out_info))

@@ -1,3 +1,4 @@
+import math
 from functools import partial
 
 import jax
@@ -94,12 +95,21 @@ def test_output_and_gradients_are_exact_to_rounding(case, relu, monkeypatch):
         assert error < 1e-6, f"{what}: {error:.1e}"
 
 
-def test_a_batch_of_any_size():
-    """Bug: images are lost or mixed where the batch does not divide into chunks."""
-    for batch in (1, 5, 8):
-        options, x, kernel, *_ = draw("3×3", batch)
-        ours = cpu_conv.convolve(*map(jnp.float32, (x, kernel)), **options)
-        direct = plain(*map(jnp.float32, (x, kernel)), **options)
+@pytest.mark.parametrize("batch, images", [(1, 1), (5, 1), (4, 2), (8, 2)])
+def test_a_batch_of_any_size(batch, images, monkeypatch):
+    """Bug: images are lost or mixed where a batch is several chunks, of one image or of more."""
+    options, x, kernel, *_, dy = draw("3×3", batch)
+    pixels = math.prod(x.shape[1:3])
+    monkeypatch.setattr(cpu_conv, "CHUNK_PIXELS", 2 * pixels)
+    monkeypatch.setattr(cpu_conv, "CHUNK_CHANNELS", 0)
+    assert cpu_conv._chunks(jnp.asarray(x), pixels).shape[:-3] == ((batch,) if images == 1 else (batch // 2, 2))
+    arrays = [jnp.float32(array) for array in (x, kernel, dy)]
+
+    def computed(conv):
+        y, pull = jax.vjp(lambda x, kernel: conv(x, kernel, **options), *arrays[:2])
+        return y, *pull(arrays[2])
+
+    for ours, direct in zip(computed(cpu_conv.convolve), computed(plain), strict=True):
         np.testing.assert_allclose(ours, direct, atol=3e-6 * float(jnp.abs(direct).max()))
 
 

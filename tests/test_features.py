@@ -4,11 +4,12 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from test_finetune import run
+from test_finetune import dataset, run
 
 from jaxft import features, fetch, nets
 from jaxft.data import cache as cache_module
 from jaxft.data.cache import Cache
+from jaxft.preprocess import PREPROCESSING
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +50,36 @@ def test_views_differ_from_each_other_and_from_the_plain_image(tmp_path):
         held[view] = np.fromfile(folder / "rows.bin", np.float32).reshape(-1, 4, 4, 4)
     assert {view: len(rows) for view, rows in held.items()} == {0: 23, 1: 23, None: 7}
     assert np.abs(held[0] - held[1]).max() > 1e-3
+    net, images = tiny.Tiny(frozen=FROZEN), np.stack(dataset().images)
+    _, stages = net.apply(tiny.variables(net), PREPROCESSING["torch"](images))
+    plain = stages["stem"]
+    np.testing.assert_allclose(held[None], plain[-7:], atol=1e-5)
+    assert np.abs(held[0] - plain[:-7]).max() > 1e-3
+
+
+def test_views_that_no_epoch_takes_are_not_computed(tmp_path):
+    """Bug: ten views of each image are computed and kept for a run of four epochs."""
+    frozen_run(tmp_path / "run", cache_features="on", views=10)
+    assert len(list((fetch.cache_folder() / "features").iterdir())) == 4 + 1
+
+
+def test_views_of_a_net_without_a_frozen_stage(tmp_path):
+    """Bug: without a frozen stage views are drawn anew at every step."""
+    images = {}
+    for views in (None, 1):
+        seen = images.setdefault(views, [])
+
+        class Watched(tiny.Tiny):
+            def __call__(self, images, seen=seen, **options):
+                if options.get("train"):
+                    jax.debug.callback(lambda x: seen.append(np.asarray(x)), images)
+                return super().__call__(images, **options)
+
+        run(tmp_path / str(views), net=Watched(), views=views, epochs=3, batch_size=23)
+    per_epoch = {views: [np.sort(x.sum((1, 2, 3))) for x in seen if len(x) == 23] for views, seen in images.items()}
+    assert [len(epochs) for epochs in per_epoch.values()] == [3, 3]
+    np.testing.assert_array_equal(per_epoch[1][0], per_epoch[1][2])
+    assert np.abs(per_epoch[None][0] - per_epoch[None][2]).max() > 1e-3
 
 
 def test_features_of_another_arithmetic_are_not_read(tmp_path, monkeypatch, cache):
@@ -120,6 +151,31 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path, mon
         frozen_run(tmp_path / "on", cache_features="on", augmentation={})
     assert not list((tmp_path / "cache").rglob("features/*/rows.bin"))
     frozen_run(tmp_path / "auto", cache_features="auto", augmentation={})  # goes without
+
+
+def test_views_that_fit_one_by_one_but_not_together(tmp_path, monkeypatch):
+    """Bug: room is asked for view by view, and the disk is full after hours of computing."""
+    usage = cache_module.shutil.disk_usage(tmp_path)
+    one_view = 23 * 4 * 4 * 4 * 4
+    free = cache_module.SPARE_BYTES + 2 * one_view
+    monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda path: usage._replace(free=free))
+    with pytest.raises(OSError, match="the features need"):
+        frozen_run(tmp_path / "on", cache_features="on", views=3)
+    assert not list((tmp_path / "cache").rglob("features/*/rows.bin"))
+
+
+def test_a_disk_that_fails_ends_no_run_that_only_wished_for_a_cache(tmp_path, monkeypatch, capsys):
+    """Bug: with auto a full or read-only disk ends the run."""
+
+    def fails(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(features, "seconds", lambda compute: 100.0)
+    monkeypatch.setattr(Cache, "_write", fails)
+    frozen_run(tmp_path / "auto", augmentation={})
+    assert "feature cache off: no space left on device" in capsys.readouterr().out
+    with pytest.raises(OSError, match="no space left"):
+        frozen_run(tmp_path / "on", augmentation={}, cache_features="on")
 
 
 def test_other_weights_have_another_cache_and_other_classes_the_same():

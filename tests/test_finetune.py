@@ -141,10 +141,12 @@ def test_a_corrupt_image_is_named(tmp_path):
         run(tmp_path, data=data)
 
 
-def test_compute_dtype():
-    """Bug: bfloat16 on a CPU, where it is emulated."""
-    assert finetune.compute_dtype("auto") == (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
-    assert finetune.compute_dtype("bfloat16") == jnp.bfloat16
+def test_compute_dtype(monkeypatch):
+    """Bug: bfloat16 on a CPU, where it is emulated, or float32 on a GPU."""
+    for platform, expected in {"cpu": jnp.float32, "gpu": jnp.bfloat16, "tpu": jnp.bfloat16}.items():
+        monkeypatch.setattr(jax, "default_backend", lambda platform=platform: platform)
+        assert finetune.compute_dtype("auto") == expected
+    assert finetune.compute_dtype("float32") == jnp.float32 and finetune.compute_dtype("bfloat16") == jnp.bfloat16
 
 
 def test_compiled_programs_lie_in_the_cache_folder_or_where_jax_was_told(tmp_path, monkeypatch):

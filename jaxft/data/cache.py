@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -62,17 +62,6 @@ class Cache:
         """How many rows are still to be computed."""
         return len(self.indices) - sum(rows for rows, _ in self._blocks())
 
-    def no_room(self) -> str | None:
-        """Why what is missing will not fit on the disk; None if it will."""
-        nearest = next(folder for folder in (self.folder, *self.folder.parents) if folder.exists())
-        need, free = self.missing() * self.row_bytes, shutil.disk_usage(nearest).free
-        if need + SPARE_BYTES <= free:
-            return None
-        return (
-            f"the {self.kind} need {need / 1e9:.1f} GB, and {SPARE_BYTES / 1e9:.1f} GB stay free, but {nearest} has "
-            f"{free / 1e9:.1f} GB; make room or set JAXFT_CACHE to another disk"
-        )
-
     def fill(self, compute: Callable[[np.ndarray], Iterator[np.ndarray]]) -> None:
         """Verifies what is on disk, computes what is missing, and opens the cache.
 
@@ -87,7 +76,7 @@ class Cache:
             blocks = self._verified()
             done = sum(rows for rows, _ in blocks)
             if done < len(self.indices):
-                if reason := self.no_room():
+                if reason := no_room([self]):
                     raise OSError(reason)
                 self._write(blocks, done, compute(self.indices[done:]))
         self._array = np.memmap(self.file, self.dtype, "r", shape=(len(self.indices), *self.shape))
@@ -152,6 +141,20 @@ class Cache:
                         files.write_json(self.manifest, {"identity": self.identity, "blocks": blocks})
                         rows, crc = 0, 0
                     advance(len(batch))
+
+
+def no_room(caches: Iterable[Cache]) -> str | None:
+    """Why what is missing in caches of one kind will not fit on the disk, all together; None if it will."""
+    first, *others = caches
+    nearest = next(folder for folder in (first.folder, *first.folder.parents) if folder.exists())
+    need = sum(cache.missing() * cache.row_bytes for cache in (first, *others))
+    free = shutil.disk_usage(nearest).free
+    if not need or need + SPARE_BYTES <= free:
+        return None
+    return (
+        f"the {first.kind} need {need / 1e9:.1f} GB, and {SPARE_BYTES / 1e9:.1f} GB stay free, but {nearest} has "
+        f"{free / 1e9:.1f} GB; make room or set JAXFT_CACHE to another disk"
+    )
 
 
 def to_device(array: np.ndarray) -> Any:

@@ -11,7 +11,7 @@ import grain
 import numpy as np
 
 from jaxft.data import Dataset, decode
-from jaxft.data.cache import Cache
+from jaxft.data.cache import Cache, no_room
 
 Batch = dict[str, np.ndarray]
 Batches = Generator[Batch, None, None]
@@ -153,7 +153,7 @@ def decode_once(
     identity = {"data": dataset.fingerprint, "size": list(image_size), "scaled": scaled, **libraries}
     name = "x".join(map(str, image_size))
     cache = Cache("pixels", name, identity, np.unique(indices), (*image_size, 3), np.uint8)
-    if reason := cache.no_room():
+    if reason := no_room([cache]):
         print(f"images are decoded anew in every epoch: {reason}", flush=True)
         return None
 
