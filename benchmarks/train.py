@@ -47,7 +47,7 @@ from jaxft import masking, nets, optim, train_state
 from jaxft.files import write_csv
 from jaxft.progress import bar
 
-TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}  # of the first losses, relative
+TOLERANCE = {"float32": 1e-3, "bfloat16": 1e-2}  # of the checked losses, as a fraction of the first one
 TOLERANCE_TF32 = 1e-2  # of float32 on a GPU
 
 
@@ -163,7 +163,7 @@ def measure(settings: Settings, name: str, freeze: str) -> list[dict[str, Any]]:
                 continue
             if (side.facts["device"] != "cpu") != on_gpu:
                 raise Failed(f"{side.name} runs on {side.facts['device']}, jaxft on {ours['device']}")
-            same = np.allclose(side.facts["losses"], ours["losses"], rtol=tolerance, atol=0)
+            same = np.allclose(side.facts["losses"], ours["losses"], rtol=0, atol=tolerance * ours["losses"][0])
             if not same and not side.name.startswith("timm"):
                 raise Failed(f"{side.name} computes other losses, {side.facts['losses']}, than jaxft, {ours['losses']}")
         for number in range(settings.rounds):
