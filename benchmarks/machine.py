@@ -6,6 +6,8 @@ import platform
 import re
 from collections.abc import Sequence
 
+from jaxft.files import write_whole
+
 
 def peak_bytes() -> int:
     """Of the memory of this process so far; not ru_maxrss, which it inherits from the one that started it."""
@@ -30,4 +32,5 @@ def write_table(out: pathlib.Path, head: Sequence[str], rows: Sequence[str], **v
     machine = hardware("cpu" if "(cpu)" in found["device"] else found["device"])
     measured = f"Measured on {machine}: " + ", ".join(f"{name} {v}" for name, v in (found | versions).items()) + "."
     out.parent.mkdir(exist_ok=True)
-    out.write_text("\n".join([*head, "", measured, "", *rows]) + "\n")
+    text = "\n".join([*head, "", measured, "", *rows]) + "\n"
+    write_whole(out, lambda partial: partial.write_text(text))
