@@ -14,9 +14,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from jaxft import masking, train
-from jaxft.train_state import TrainState
+from jaxft import masking, optim, train
+from jaxft.train_state import TrainState, create
 
 off_the_cpu = partial(mock.patch.object, jax, "default_backend", lambda: "gpu")
 """A context in which nets are traced with XLA's own convolutions and pooling."""
@@ -137,6 +138,17 @@ def kept_bytes(net: nn.Module, state: TrainState, image_size: tuple[int, int], b
         elif behind and call.name == "relu":
             kept["mask", id(call.out)] = call.out.size
     return sum(kept.values())
+
+
+def shapes(
+    net: Any, freeze: str, image_size: tuple[int, int], clip_norm: float | None = None
+) -> tuple[Any, TrainState]:
+    """(the net with `freeze` frozen, the state of its nesterov SGD as shapes, without values)."""
+    image = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
+    variables = jax.eval_shape(net.init, jax.random.key(0), image)
+    net = net.clone(frozen=masking.frozen_layers(net, freeze, variables["params"]))
+    tx = optim.nesterov_sgd(optax.constant_schedule(1e-3))
+    return net, jax.eval_shape(lambda v: create(net, v, tx, frozen=net.frozen, clip_norm=clip_norm), variables)
 
 
 def traced_step(state: TrainState, image_size: tuple[int, int], batch_size: int) -> jax.stages.Traced:

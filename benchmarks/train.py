@@ -34,7 +34,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import tyro
 from matplotlib.figure import Figure
 from rich import box
@@ -43,7 +42,7 @@ from rich.table import Table
 
 from benchmarks import flops, parity, peers
 from benchmarks.machine import hardware
-from jaxft import masking, nets, optim, train_state
+from jaxft import nets
 from jaxft.files import write_csv
 from jaxft.progress import bar
 
@@ -133,11 +132,7 @@ def measure(settings: Settings, name: str, freeze: str) -> list[dict[str, Any]]:
     row = nets.spec(name)
     size = (settings.image_size, settings.image_size) if settings.image_size else row.native_size
     net: Any = nets.create(name, row.num_classes, dtype=jnp.dtype(settings.dtype), **peers.without_dropout(name))
-    variables = jax.eval_shape(net.init, jax.random.key(0), jax.ShapeDtypeStruct((1, *size, 3), jnp.float32))
-    frozen = masking.frozen_layers(net, freeze, variables["params"])
-    net = net.clone(frozen=frozen)
-    tx = optim.nesterov_sgd(optax.constant_schedule(peers.LR), peers.MOMENTUM)
-    state = jax.eval_shape(lambda variables: train_state.create(net, variables, tx, frozen=frozen), variables)
+    net, state = flops.shapes(net, freeze, size)
     step_flops = flops.formula(net, state, size, settings.batch_size)
     lowered_flops = flops.traced_step(state, size, settings.batch_size).lower().cost_analysis()["flops"]
     peak_command = [sys.executable, "-m", "benchmarks.flops", settings.dtype]
@@ -148,7 +143,7 @@ def measure(settings: Settings, name: str, freeze: str) -> list[dict[str, Any]]:
         advance = stack.enter_context(bar(f"{name} {freeze}", settings.rounds, unit="rounds"))
         file = pathlib.Path(folder) / "net.weights.h5"
         parity.reference(name, size, classifier=True).save_weights(file)
-        job = peers.Job(name, str(file), tuple(sorted(frozen)), size, settings.batch_size, settings.dtype)
+        job = peers.Job(name, str(file), tuple(sorted(net.frozen)), size, settings.batch_size, settings.dtype)
         for side in ("jaxft", *(peer for peer in settings.peers if takes_part(peer, name, freeze))):
             advance(0, f"building {side}")
             sides[side] = Side(side, job)
@@ -161,7 +156,7 @@ def measure(settings: Settings, name: str, freeze: str) -> list[dict[str, Any]]:
                 print(f"{side.name} is left out: what is installed has no build for {ours['device']}", file=sys.stderr)
                 del sides[side.name]
                 continue
-            if (side.facts["device"] != "cpu") != on_gpu:
+            if side.facts["device"] != "cpu" and not on_gpu:
                 raise Failed(f"{side.name} runs on {side.facts['device']}, jaxft on {ours['device']}")
             same = np.allclose(side.facts["losses"], ours["losses"], rtol=0, atol=tolerance * ours["losses"][0])
             if not same and not side.name.startswith("timm"):

@@ -10,6 +10,7 @@ import os
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -166,6 +167,10 @@ def open_cache(
     def inputs(view: int | None, batch: dict[str, np.ndarray]) -> tuple[Any, Any]:
         return batch["image"], None if view is None else row(view, batch["index"], examples)
 
+    def compute(view: int | None, indices: np.ndarray) -> Iterator[np.ndarray]:
+        for batch in batches(indices):
+            yield np.asarray(prefix(variables, *inputs(view, batch)))[batch["weight"] > 0]
+
     first_view, first_indices = next(iter(wanted.items()))
     first = inputs(first_view, next(iter(batches(first_indices))))
     lowered = prefix.lower(variables, *first)
@@ -187,12 +192,7 @@ def open_cache(
         size, folder = sum(cache.bytes for cache in caches.values()) / 1e6, caches[first_view].folder.parent
         print(f"features of {identity['stage']!r} come from {folder} ({size:.0f} MB)", flush=True)
         for view, cache in caches.items():
-
-            def compute(indices: np.ndarray, view: int | None = view) -> Iterator[np.ndarray]:
-                for batch in batches(indices):
-                    yield np.asarray(prefix(variables, *inputs(view, batch)))[batch["weight"] > 0]
-
-            cache.fill(compute)
+            cache.fill(partial(compute, view))
     except OSError as error:
         if required:
             raise

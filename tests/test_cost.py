@@ -5,12 +5,11 @@ import re
 
 import jax
 import jax.numpy as jnp
-import optax
 import pytest
 from jax.extend.core import Literal
 
 from benchmarks import flops
-from jaxft import features, masking, nets, optim, train, train_state
+from jaxft import features, masking, nets, train
 from jaxft.nets import cpu_conv
 
 BATCH = 16
@@ -53,13 +52,7 @@ def kept_bytes(jaxpr):
 def test_a_step_does_and_keeps_what_the_formulas_say(name, freeze, clip_norm):
     """Bug: frozen layers get gradients, by a norm over all leaves say, keep activations for them, or momentum."""
     size = (107, 107) if "inception" in name else (64, 64)
-    net = nets.create(name, 10, **nets.any_size(name))
-    image = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
-    variables = jax.eval_shape(net.init, jax.random.key(0), image)
-    frozen = masking.frozen_layers(net, freeze, variables["params"])
-    net = net.clone(frozen=frozen)
-    tx = optim.nesterov_sgd(optax.constant_schedule(1e-3))
-    state = jax.eval_shape(lambda v: train_state.create(net, v, tx, frozen=frozen, clip_norm=clip_norm), variables)
+    net, state = flops.shapes(nets.create(name, 10, **nets.any_size(name)), freeze, size, clip_norm)
     step = flops.traced_step(state, size, BATCH)
 
     operations = flops.formula(net, state, size, BATCH) + flops.normalisation(net, state, size, BATCH)
@@ -72,18 +65,13 @@ def test_a_step_does_and_keeps_what_the_formulas_say(name, freeze, clip_norm):
 def test_a_step_on_a_cpu_is_the_frozen_stages_forward_and_a_step_behind_them(monkeypatch):
     """Bug: the convolutions of a CPU, which have gradients of their own, take or keep something for frozen stages."""
     monkeypatch.setattr(cpu_conv, "MIN_MACS", 1)  # so that small images, too, are computed as large ones are
-    net = nets.create("vgg16", 10, head=())
-    image = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
-    variables = jax.eval_shape(net.init, jax.random.key(0), image)
-    frozen = masking.frozen_layers(net, "through:block4", variables["params"])
-    net, tx = net.clone(frozen=frozen), optim.nesterov_sgd(optax.constant_schedule(1e-3))
-    state = jax.eval_shape(lambda v: train_state.create(net, v, tx, frozen=frozen), variables)
+    net, state = flops.shapes(nets.create("vgg16", 10, head=()), "through:block4", (64, 64))
 
     def batch(images):
         return {"image": images, "label": jax.ShapeDtypeStruct((BATCH,), jnp.int32)}
 
     images = jax.ShapeDtypeStruct((BATCH, 64, 64, 3), jnp.float32)
-    prefix = features.make_prefix(net, "block4", lambda x: x, {}, 0).lower(variables, images, None)
+    prefix = features.make_prefix(net, "block4", lambda x: x, {}, 0).lower(state.variables(), images, None)
     programs = [
         train.make_train_step(lambda _, x: x).lower(state, batch(images)),
         train.make_train_step(lambda _, x: x, start="block4").lower(state, batch(prefix.out_info)),
