@@ -16,14 +16,14 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import numpy as np
 import tyro
 
 from benchmarks.machine import write_table
-from jaxft import features, masking, nets, optim, predict, train, train_state
+from jaxft import features, feed, masking, nets, optim, predict, train_state
 from jaxft.data import Dataset, loader, standin, statefarm
 from jaxft.nets import vgg
-from jaxft.preprocess import PREPROCESSING
 from jaxft.progress import bar
 
 
@@ -48,57 +48,50 @@ class Settings:
 def measure(dataset: Dataset, freeze: str, head: str, settings: Settings) -> str:
     """One row of the table."""
     net: Any = nets.create("vgg16", len(dataset.classes), head=vgg.head(head))
-    size, normalise = nets.spec("vgg16").native_size, PREPROCESSING[nets.spec("vgg16").preprocessing]
+    size, preprocessing = nets.spec("vgg16").native_size, nets.spec("vgg16").preprocessing
     variables = nets.init(net, size, seed=0)
     frozen = masking.frozen_layers(net, freeze, variables["params"])
     stage = features.cut(net, frozen, list(variables["params"]))
-    assert stage, f"{freeze} freezes no stage"
     everything, mesh = np.arange(len(dataset)), predict.data_mesh()
-    pixels = loader.decode_once(dataset, everything, size)
-    assert pixels, "no room on the disk"
-    images, held = dataset, pixels.on_device()
-    if not held:
-        images = dataclasses.replace(dataset, images=loader.Decoded(pixels, len(dataset)))
-    prefix = features.make_prefix(net, stage, normalise, {}, seed=0)
-    whole: dict[str, Any] = {"batch_size": settings.batch_size, "image_size": None if held else size}
-
-    def with_images(batch: dict[str, Any]) -> dict[str, Any]:
-        return batch | {"image": pixels.take(batch["index"])} if held else batch
-
-    began = time.perf_counter()
-    caches = features.open_cache(
-        prefix,
-        variables,
-        features.identity(net, variables, stage, data=dataset.fingerprint),
-        lambda indices: map(with_images, loader.eval_batches(images, indices, **whole)),
-        {None: everything},
-        examples=len(dataset),
-        uses=0,
-        required=True,
-    )
-    made = time.perf_counter() - began
-    assert caches
     steps = loader.steps_per_epoch(len(dataset), settings.batch_size)
-    behind = train.make_train_step(lambda _, x: x, start=stage)
+    sizes: dict[str, float] = {}
 
-    def epochs(cached: bool) -> Iterator[list[float]]:
-        """The losses of one epoch after another."""
+    def epochs(cache_features: str) -> Iterator[list[float]]:
+        """First nothing, once what is computed once is; then the losses of one epoch after another."""
         tx = optim.nesterov_sgd(1e-3, 0.9)
         state = predict.replicate(train_state.create(net, variables, tx, frozen=frozen), mesh)
-        batches = loader.train_batches(images, everything, seed=0, **whole | ({"image_size": None} if cached else {}))
-        while True:
-            losses = []
-            for _ in range(steps):
-                batch: dict[str, Any] = next(batches)
-                batch = batch | {"image": caches[None].take(batch["index"])} if cached else with_images(batch)
-                batch = predict.shard(batch, mesh)
-                if not cached:
-                    batch["image"] = prefix(state.variables(), batch["image"], None)
-                state, metrics = behind(state, batch)
-                losses.append(metrics["loss"])
-            yield [float(loss) for loss in losses]
+        fed = feed.make(
+            net,
+            variables,
+            state,
+            dataset,
+            everything,
+            everything[: settings.batch_size],
+            frozen=frozen,
+            preprocessing=preprocessing,
+            augmentation={},
+            epochs=1 + settings.epochs,
+            batch_size=settings.batch_size,
+            image_size=size,
+            cache_features=cache_features,
+        )
+        sizes[cache_features] = fed.cache[None].bytes / 1e6 if fed.cache else 0.0
+        yield []
+        losses: list[jax.Array] = []
+        for batch in fed.batches(0):
+            state, metrics = fed.train_step(state, predict.shard(batch, mesh))
+            losses.append(metrics["loss"])
+            if sum(loss.size for loss in losses) == steps:
+                yield [loss for several in losses for loss in np.ravel(several).tolist()]
+                losses = []
 
-    sides, seconds = (epochs(False), epochs(True)), []
+    sides = [epochs(cache_features) for cache_features in ("off", "on")]
+    made = []
+    for side in sides:
+        began = time.perf_counter()
+        next(side)
+        made.append(time.perf_counter() - began)
+    seconds = []
     for epoch in range(1 + settings.epochs):
         found, times = [], []
         for side in sides:
@@ -111,7 +104,7 @@ def measure(dataset: Dataset, freeze: str, head: str, settings: Settings) -> str
     off, on = zip(*seconds[1:], strict=True)  # without the epoch that compiles
     cells = [f"{statistics.median(side):.3g} ({min(side):.3g} to {max(side):.3g})" for side in (off, on)]
     ratio = statistics.median(a / b for a, b in seconds[1:])
-    cost = f"{made:.0f} s, {caches[None].bytes / 1e6:.1f} MB"
+    cost = f"{made[1]:.0f} s, {sizes['on']:.1f} MB"
     return f"| `{freeze}` | {head} | {stage} | {cells[0]} | {cells[1]} | {ratio:.1f} | {cost} |"
 
 

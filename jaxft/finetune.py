@@ -1,6 +1,5 @@
 """One fine-tuning run in a folder, from a dataset and a ported net to predictions, pictures and a summary."""
 
-import dataclasses
 import json
 import pathlib
 import resource
@@ -17,11 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxft import features, fetch, files, masking, nets, port_weights, predict, report, train, train_state
+from jaxft import feed, fetch, files, masking, nets, port_weights, predict, report, train, train_state
 from jaxft.checkpoint import CheckpointError, Checkpoints, differences
 from jaxft.data import Dataset, decode, loader
 from jaxft.data.augment import warp
-from jaxft.preprocess import PREPROCESSING
 from jaxft.pretrained import Weights
 
 
@@ -171,112 +169,47 @@ def finetune(
     mesh = predict.data_mesh()
     state = train_state.create(net, variables, tx, frozen=frozen, clip_norm=clip_norm, seed=seed)
     state = predict.replicate(state, mesh)
-    normalise = PREPROCESSING[preprocessing]
-    augmentation = {option: value for option, value in augmentation.items() if value}
-    views = views if augmentation else None
-    hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    whole = {"batch_size": batch_size, "image_size": image_size, "scaled": scaled_decode, **hosts}
+    latest: dict[int, predict.Predictions] = {}  # step → predictions, so that the last state is not judged twice
 
-    # Where the inputs of frozen stages repeat, a step is two programs: up to `stage`, and what follows. Of views on a
-    # net without such stages, the first one augments.
-    stage = features.cut(net, frozen, list(variables["params"])) if views or not augmentation else None
-    if stage is None and cache_features == "on":
-        raise ValueError(
-            "cache_features=on needs a first stage that is wholly frozen, without dropout or auxiliary heads, and "
-            "inputs that repeat: a fixed number of views, or no augmentation"
-        )
     with closing(Checkpoints(workdir / "checkpoints", config)) as checkpoints:
         if checkpoints.latest() is None:
             checkpoints.require_room(state, 3)  # the best, the last, and the one being written
-
-    # Several processes decode their own rows of each batch; one decodes all once, and holds them where they fit.
-    images, held = dataset, None
-    if jax.process_count() == 1:
-        used = np.union1d(train_indices, test_indices)
-        held = loader.decode_once(dataset, used, image_size, scaled=scaled_decode)
-        if held and held.on_device():
-            whole["image_size"] = None
-        elif held:
-            images, held = dataclasses.replace(dataset, images=loader.Decoded(held, len(dataset))), None
-
-    def with_images(batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        return batch | {"image": held.take(batch["index"])} if held else batch
-
-    cache = None
-    if stage is None and not views:
-        train_step = train.make_train_step(lambda key, x: normalise(warp(key, x, **augmentation)), label_smoothing)
-        eval_step = predict.make_eval_step(normalise)
-    else:
-        prefix = features.make_prefix(net, stage, normalise, augmentation, seed)
-        behind = train.make_train_step(lambda _, x: x, label_smoothing, stage)
-        eval_behind = predict.make_eval_step(lambda x: x, stage)
-        if stage and cache_features != "off" and jax.process_count() == 1:
-            inputs = {"data": dataset.fingerprint, "size": image_size, "scaled": scaled_decode}
-            augmented = {view: train_indices for view in range(min(views or 0, epochs))} | {None: test_indices}
-            cache = features.open_cache(
-                prefix,
-                state.variables(),  # on the device
-                features.identity(
-                    net,
-                    variables,
-                    stage,
-                    **inputs,
-                    preprocessing=preprocessing,
-                    augmentation=augmentation,
-                    seed=seed,
-                ),
-                lambda indices: map(with_images, loader.eval_batches(images, indices, **whole)),
-                augmented if views else {None: np.union1d(train_indices, test_indices)},
-                examples=len(dataset),
-                uses=epochs * (steps_per_epoch * batch_size + len(test_indices)),
-                required=cache_features == "on",
-            )
-        if cache:
-            train_step, eval_step = behind, eval_behind
-            whole["image_size"], held, images = None, None, dataset  # the device's memory is for the features
-        else:
-
-            def train_step(state: train_state.TrainState, batch: predict.Batch) -> Any:
-                return behind(state, batch | {"image": prefix(state.variables(), batch["image"], batch.get("row"))})
-
-            def eval_step(state: train_state.TrainState, images: jax.Array) -> jax.Array:
-                return eval_behind(state, prefix(state.variables(), images, None))
-
-    def with_features(view: int | None, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        if cache:
-            return batch | {"image": cache[view].take(batch["index"])}
-        batch = with_images(batch)
-        return batch if view is None else batch | {"row": features.row(view, batch["index"], len(dataset))}
-
-    def batches(first_step: int) -> Iterator[dict[str, Any]]:
-        steps = range(first_step, epochs * steps_per_epoch)
-        plain = loader.train_batches(
-            images, train_indices, seed=seed, start_step=first_step, num_steps=len(steps), **whole
+        fed = feed.make(
+            net,
+            variables,
+            state,
+            dataset,
+            train_indices,
+            test_indices,
+            frozen=frozen,
+            preprocessing=preprocessing,
+            augmentation=augmentation,
+            epochs=epochs,
+            batch_size=batch_size,
+            image_size=image_size,
+            seed=seed,
+            label_smoothing=label_smoothing,
+            save_every=save_every,
+            views=views,
+            cache_features=cache_features,
+            scaled_decode=scaled_decode,
         )
-        for step, batch in zip(steps, plain, strict=True):
-            yield with_features(step // steps_per_epoch % views if views else None, batch)
 
-    def evaluate(state: train_state.TrainState) -> predict.Predictions:
-        held_out = loader.eval_batches(images, test_indices, **whole)
-        latest[int(state.step)] = predict.evaluate(
-            state, eval_step, (with_features(None, batch) for batch in held_out), mesh
+        def evaluate(state: train_state.TrainState) -> predict.Predictions:
+            latest[int(state.step)] = fed.evaluate(state)
+            return latest[int(state.step)]
+
+        shown = train_indices[np.linspace(0, len(train_indices) - 1, report.COLUMNS, dtype=int)]
+        sample = np.stack(
+            [decode.rgb(dataset.images[i], image_size, dataset.names[i], scaled=scaled_decode) for i in shown]
         )
-        return latest[int(state.step)]
-
-    latest: dict[int, predict.Predictions] = {}  # step → predictions, so that the last state is not judged twice
-    shown = train_indices[np.linspace(0, len(train_indices) - 1, report.COLUMNS, dtype=int)]
-    sample = np.stack(
-        [decode.rgb(dataset.images[i], image_size, dataset.names[i], scaled=scaled_decode) for i in shown]
-    )
-    report.sample_augmentations(
-        workdir / "augmentation.png", sample, warp(jax.random.key(seed), sample, **augmentation)
-    )
-    checkpoints = Checkpoints(workdir / "checkpoints", config)
-    try:
+        report.sample_augmentations(
+            workdir / "augmentation.png", sample, warp(jax.random.key(seed), sample, **augmentation)
+        )
         state, history = train.fit(
             state,
-            train_step,
-            batches,
+            fed.train_step,
+            fed.batches,
             evaluate,
             epochs=epochs,
             steps_per_epoch=steps_per_epoch,
@@ -287,10 +220,8 @@ def finetune(
             save_every=save_every,
             report=print_epoch,
         )
-    finally:
-        checkpoints.close()
+        predictions = latest.get(int(state.step)) or evaluate(state)
 
-    predictions = latest.get(int(state.step)) or evaluate(state)
     rates = [row["images_per_second"] for row in history if row["images_per_second"]]
     best = min(history, key=lambda row: row["val_loss"])
     summary = {

@@ -28,15 +28,16 @@ def replicate(state: TrainState, mesh: Mesh) -> TrainState:
 
 
 def shard(batch: Batch, mesh: Mesh) -> Batch:
-    """A host's rows of a batch → global arrays, split along the first axis over the devices of the mesh.
+    """A host's rows of a batch, or of several [K, B, …] → global arrays, split by rows over the devices of the mesh.
 
     Raises:
         ValueError: the global batch does not divide into the devices.
     """
-    rows = len(batch["label"]) * jax.process_count()
+    *several, rows = batch["label"].shape
+    rows *= jax.process_count()
     if rows % mesh.size:
         raise ValueError(f"a batch of {rows} does not divide over {mesh.size} devices; use a multiple of {mesh.size}")
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    sharding = NamedSharding(mesh, PartitionSpec(*[None] * len(several), "data"))
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
 
 

@@ -1,6 +1,5 @@
 """Loss, the jitted train step, and the loop."""
 
-import math
 import pathlib
 import signal
 import time
@@ -10,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -95,6 +95,11 @@ def make_train_step(prepare: Prepare, label_smoothing: float = 0.0, start: str |
     return jax.jit(train_step, donate_argnums=0)
 
 
+def several(train_step: TrainStep) -> TrainStep:
+    """`train_step` over K batches in one dispatch, leaves [K, B, …] → metrics [K]: for steps as short as a dispatch."""
+    return jax.jit(lambda state, batches: jax.lax.scan(train_step, state, batches), donate_argnums=0)
+
+
 def fit(
     state: TrainState,
     train_step: TrainStep,
@@ -114,8 +119,9 @@ def fit(
 
     Args:
         state: the state before the first update; its buffers are donated.
-        train_step: from `make_train_step`.
-        batches: first step → the batches from that step on, a pure function of the run's seed.
+        train_step: from `make_train_step`, or `several` of it.
+        batches: first step → the batches from that step on, a pure function of the run's seed. Several at once, for
+            `several`, end where an epoch does and where the state is saved.
         evaluate: state → predictions on the held-out images; called at the end of every epoch.
         epochs, steps_per_epoch: the length of the run.
         schedule: update count → learning rate, for the history.
@@ -139,7 +145,8 @@ def fit(
         history, sums = progress["history"], progress["sums"]
     step = int(state.step)
     pending: dict[str, jax.Array] | None = None
-    started = None  # set after the first step of this process, which compiles
+    seen: set[int] = set()  # numbers of steps in one dispatch; the first of each compiles, and is not timed
+    started, untimed = 0.0, 0.0
 
     def settle() -> None:
         """Adds the metrics of the step before to the epoch's sums; waits for it alone, not for the one under way."""
@@ -147,35 +154,45 @@ def fit(
         if pending is None:
             return
         metrics, pending = jax.device_get(pending), None
-        if not math.isfinite(metrics["loss"]):
+        losses = np.ravel(metrics["loss"])
+        if not np.isfinite(losses).all():
             latest = checkpoints.latest()
             kept = "no checkpoint was saved" if latest is None else f"the checkpoint of step {latest} is intact"
-            raise Diverged(f"the loss became {metrics['loss']} by step {step}; {kept}. Try a lower learning rate")
+            bad = losses[~np.isfinite(losses)][0]
+            raise Diverged(f"the loss became {bad} by step {step}; {kept}. Try a lower learning rate")
         for name in METRICS:
-            sums[name] += float(metrics[name])
-        sums["steps"] += 1
+            for value in np.ravel(metrics[name]).tolist():  # one by one: several at once add up to the same bits
+                sums[name] += value
+        sums["steps"] += len(losses)
 
     stream = batches(step)
     with stop_signal() as stop, bar("training", epochs * steps_per_epoch, step, unit="steps") as advance:
         while step < epochs * steps_per_epoch:
             batch = shard(next(stream), mesh)
+            steps = batch["label"].size // batch["label"].shape[-1]
+            compiles = steps not in seen
+            if compiles:
+                settle()
+                dispatched = time.perf_counter()
+                started = started or dispatched  # the first batch may have had to be decoded
             state, metrics = train_step(state, batch)
             settle()
             pending = metrics
-            step += 1
-            if started is None:
+            step += steps
+            if compiles:
                 jax.block_until_ready(state.step)
-                started = time.perf_counter()
+                untimed += time.perf_counter() - dispatched
+                seen.add(steps)
             else:
-                sums["timed_steps"] += 1
+                sums["timed_steps"] += steps
             done = max(sums["steps"], 1)
-            advance(1, f"epoch {1 + (step - 1) // steps_per_epoch}/{epochs}  loss {sums['loss'] / done:.3f}")
+            advance(steps, f"epoch {1 + (step - 1) // steps_per_epoch}/{epochs}  loss {sums['loss'] / done:.3f}")
             ends_epoch = step % steps_per_epoch == 0
             saves = stop or ends_epoch or (save_every is not None and step % save_every == 0)
             if not saves:
                 continue
             settle()
-            sums["seconds"] += time.perf_counter() - started
+            sums["seconds"] += time.perf_counter() - started - untimed
             metric = None
             if ends_epoch:
                 predictions = evaluate(state)
@@ -188,7 +205,7 @@ def fit(
             if stop and step < epochs * steps_per_epoch:
                 checkpoints.wait()
                 raise Stopped(f"stopped by {signal.Signals(stop[0]).name}; step {step} is saved", stop[0])
-            started = time.perf_counter()
+            started, untimed = time.perf_counter(), 0.0
     checkpoints.wait()
     return state, history
 
@@ -197,8 +214,8 @@ def _row(
     step: int, steps_per_epoch: int, sums: dict[str, float], lr: float, predictions: Predictions, batch: Batch
 ) -> dict[str, float]:
     means = {f"train_{name}": sums[name] / sums["steps"] for name in METRICS}
-    # The first step of a process compiles and is not timed; an epoch of that step alone has rate 0.
-    rate = sums["timed_steps"] * len(batch["label"]) / sums["seconds"] if sums["timed_steps"] else 0.0
+    # What compiles is not timed; an epoch of that alone has rate 0.
+    rate = sums["timed_steps"] * batch["label"].shape[-1] / sums["seconds"] if sums["timed_steps"] else 0.0
     return {
         "epoch": step // steps_per_epoch,
         "step": step,

@@ -9,14 +9,15 @@ from jaxft.nets.common import fold
 
 
 class Tiny(nn.Module):
-    """conv1 → bn1 → pool (stage stem), conv2 (stage body), average and predictions."""
+    """conv1 → bn1 → pool (stage stem), conv2 (stage body), average (stage mean) and predictions."""
 
     num_classes: int = 3
     frozen: frozenset[str] = frozenset()
     dropout: float = 0.0
 
     def layers(self):
-        return {"stem": ("conv1_pad", "conv1", "bn1", "pool1"), "body": ("conv2",), "predictions": ("predictions",)}
+        stem = ("conv1_pad", "conv1", "bn1", "pool1")
+        return {"stem": stem, "body": ("conv2",), "mean": ("mean",), "predictions": ("predictions",)}
 
     def head_layers(self):
         return ("predictions",)
@@ -32,10 +33,14 @@ class Tiny(nn.Module):
             return nn.relu(nn.Conv(8, (3, 3), name="conv2")(x))
 
         def predictions(x):
-            x = nn.Dropout(self.dropout, deterministic=not train)(x.mean((1, 2)))
+            x = nn.Dropout(self.dropout, deterministic=not train)(x)
             return nn.Dense(self.num_classes, name="predictions")(x)
 
-        return fold([("stem", stem), ("body", body), ("predictions", predictions)], images, start)
+        return fold(
+            [("stem", stem), ("body", body), ("mean", lambda x: x.mean((1, 2))), ("predictions", predictions)],
+            images,
+            start,
+        )
 
 
 def variables(net: Tiny, seed: int = 0):
