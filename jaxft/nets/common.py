@@ -12,6 +12,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jaxft.nets.cpu_conv import convolve
+from jaxft.nets.cpu_dense import dot_general
 
 Stage = tuple[str, Callable[[jax.Array], jax.Array]]
 Padding = str | Sequence[tuple[int, int]]
@@ -289,9 +290,15 @@ class Scale(nn.Module):
         return x * scale.astype(self.dtype) + bias.astype(self.dtype)
 
 
+def dense(x: jax.Array, name: str, width: int, dtype: DTypeLike) -> jax.Array:
+    """A dense layer with Keras's initializer: x [B, C] → [B, width]; to be called inside a compact module."""
+    kernel_init = nn.initializers.glorot_uniform()
+    return nn.Dense(width, kernel_init=kernel_init, dtype=dtype, dot_general=dot_general, name=name)(x)
+
+
 def classify(x: jax.Array, name: str, num_classes: int) -> jax.Array:
     """The last layer: float32 logits [B, num_classes] of features [B, C]."""
-    return nn.Dense(num_classes, kernel_init=nn.initializers.glorot_uniform(), dtype=jnp.float32, name=name)(x)
+    return dense(x, name, num_classes, jnp.float32)
 
 
 def fold_scales(variables: Mapping[str, Any]) -> dict[str, Any]:

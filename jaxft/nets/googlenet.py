@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxft.nets.common import Padding, Spec, Stage, check_size, classify, conv, fold
+from jaxft.nets.common import Padding, Spec, Stage, check_size, classify, conv, dense, fold
 from jaxft.nets.cpu_pool import avg_pool, max_pool
 
 # Module → widths of 1x1, 3x3_reduce, 3x3, 5x5_reduce, 5x5, pool_proj.
@@ -163,8 +163,8 @@ class GoogLeNet(nn.Module):
                 f"{head}_fc takes a 4×4 map, which inputs of 223 to 270 pixels a side give; these give "
                 f"{x.shape[1]}×{x.shape[2]}: resize the images, or make the net with auxiliary=False"
             )
-        dense = nn.Dense(FC_WIDTH, kernel_init=nn.initializers.glorot_uniform(), dtype=self.dtype, name=f"{head}_fc")
-        return self._classify(head, train, nn.relu(dense(x.reshape(len(x), -1))))
+        x = dense(x.reshape(len(x), -1), f"{head}_fc", FC_WIDTH, self.dtype)
+        return self._classify(head, train, nn.relu(x))
 
     def _classify(self, head: str, train: bool, x: jax.Array) -> jax.Array:
         assert self.num_classes is not None

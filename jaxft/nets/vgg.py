@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxft.nets.common import Spec, Stage, conv, fold, published
+from jaxft.nets.common import Spec, Stage, conv, dense, fold, published
 from jaxft.nets.cpu_pool import max_pool
 
 WIDTHS = (64, 128, 256, 512, 512)
@@ -99,13 +99,13 @@ class VGG(nn.Module):
         return max_pool(x, (2, 2), (2, 2))
 
     def _head_stages(self, num_classes: int, train: bool) -> list[Stage]:
-        def dense(name: str, width: int, rate: float, dtype: DTypeLike, x: jax.Array) -> jax.Array:
+        def dropped(name: str, width: int, rate: float, dtype: DTypeLike, x: jax.Array) -> jax.Array:
             # Dropout sits in front of a layer, not behind the last: the output of a stage stays deterministic.
             x = nn.Dropout(rate, deterministic=not train, name=f"{name}_dropout")(x)
-            return nn.Dense(width, kernel_init=nn.initializers.glorot_uniform(), dtype=dtype, name=name)(x)
+            return dense(x, name, width, dtype)
 
         def hidden(name: str, width: int, rate: float, x: jax.Array) -> jax.Array:
-            return nn.relu(dense(name, width, rate, self.dtype, x.reshape(len(x), -1)))
+            return nn.relu(dropped(name, width, rate, self.dtype, x.reshape(len(x), -1)))
 
         stages: list[Stage] = []
         if self.head is None:
@@ -116,7 +116,7 @@ class VGG(nn.Module):
         for i, (name, width) in enumerate(widths.items()):
             stages.append((name, partial(hidden, name, width, self.dropout if i else 0.0)))
         rate = self.dropout if widths else 0.0
-        stages.append(("predictions", partial(dense, "predictions", num_classes, rate, jnp.float32)))
+        stages.append(("predictions", partial(dropped, "predictions", num_classes, rate, jnp.float32)))
         return stages
 
 
