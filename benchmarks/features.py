@@ -8,6 +8,7 @@ side in turn. Every loss of the two sides must be the same, bit for bit.
 """
 
 import dataclasses
+import itertools
 import os
 import pathlib
 import statistics
@@ -37,15 +38,15 @@ class Settings:
     """Of VGG16: fc, gap or gap:WIDTH,…"""
     images: int = 160
     """Drawn images that an epoch goes through, a multiple of 10."""
-    batch_size: int = 16
-    """Images a step."""
+    batch_sizes: tuple[int, ...] = (16, 32)
+    """Images a step; each divides the images."""
     epochs: int = 3
     """Timed epochs of each side."""
     out: pathlib.Path = pathlib.Path("docs/features.md")
     """The table, as Markdown."""
 
 
-def measure(dataset: Dataset, freeze: str, head: str, settings: Settings) -> str:
+def measure(dataset: Dataset, freeze: str, head: str, batch_size: int, timed: int) -> str:
     """One row of the table."""
     net: Any = nets.create("vgg16", len(dataset.classes), head=vgg.head(head))
     size, preprocessing = nets.spec("vgg16").native_size, nets.spec("vgg16").preprocessing
@@ -53,7 +54,7 @@ def measure(dataset: Dataset, freeze: str, head: str, settings: Settings) -> str
     frozen = masking.frozen_layers(net, freeze, variables["params"])
     stage = features.cut(net, frozen, list(variables["params"]))
     everything, mesh = np.arange(len(dataset)), predict.data_mesh()
-    steps = loader.steps_per_epoch(len(dataset), settings.batch_size)
+    steps = loader.steps_per_epoch(len(dataset), batch_size)
     sizes: dict[str, float] = {}
 
     def epochs(cache_features: str) -> Iterator[list[float]]:
@@ -66,12 +67,12 @@ def measure(dataset: Dataset, freeze: str, head: str, settings: Settings) -> str
             state,
             dataset,
             everything,
-            everything[: settings.batch_size],
+            everything[:batch_size],
             frozen=frozen,
             preprocessing=preprocessing,
             augmentation={},
-            epochs=1 + settings.epochs,
-            batch_size=settings.batch_size,
+            epochs=1 + timed,
+            batch_size=batch_size,
             image_size=size,
             cache_features=cache_features,
         )
@@ -92,7 +93,7 @@ def measure(dataset: Dataset, freeze: str, head: str, settings: Settings) -> str
         next(side)
         made.append(time.perf_counter() - began)
     seconds = []
-    for epoch in range(1 + settings.epochs):
+    for epoch in range(1 + timed):
         found, times = [], []
         for side in sides:
             began = time.perf_counter()
@@ -105,11 +106,11 @@ def measure(dataset: Dataset, freeze: str, head: str, settings: Settings) -> str
     cells = [f"{statistics.median(side):.3g} ({min(side):.3g} to {max(side):.3g})" for side in (off, on)]
     ratio = statistics.median(a / b for a, b in seconds[1:])
     cost = f"{made[1]:.0f} s, {sizes['on']:.1f} MB"
-    return f"| `{freeze}` | {head} | {stage} | {cells[0]} | {cells[1]} | {ratio:.1f} | {cost} |"
+    return f"| `{freeze}` | {head} | {batch_size} | {stage} | {cells[0]} | {cells[1]} | {ratio:.1f} | {cost} |"
 
 
 def main(settings: Settings) -> None:
-    cases = [(freeze, head) for freeze in settings.freezes for head in settings.heads]
+    cases = list(itertools.product(settings.freezes, settings.heads, settings.batch_sizes))
     rows = []
     with tempfile.TemporaryDirectory() as folder, bar("epochs", len(cases), unit="cases") as advance:
         os.environ["JAXFT_CACHE"] = folder
@@ -117,21 +118,21 @@ def main(settings: Settings) -> None:
         dataset = statefarm.prepare(
             standin.render(root / "drawn", drivers=settings.images // 10, images_per_driver=10), root
         )
-        for freeze, head in cases:
-            rows.append(measure(dataset, freeze, head, settings))
+        for case in cases:
+            rows.append(measure(dataset, *case, settings.epochs))
             print(rows[-1], flush=True)
             advance(1)
     head = [
         "# The feature cache",
         "",
-        f"`python -m benchmarks.features` writes this table: VGG16 on {settings.images} images of 224×224, batch",
-        f"{settings.batch_size}, float32; seconds of an epoch after the first, median (range) of {settings.epochs},",
-        "sides in turn. Both give the same losses, bit for bit. What is kept is what the stage of the third column",
-        "gives: the last one that is frozen and has no dropout in or before it.",
+        f"`python -m benchmarks.features` writes this table: VGG16 on {settings.images} images of 224×224, float32;",
+        f"seconds of an epoch after the first, median (range) of {settings.epochs}, sides in turn. Both give the same",
+        "losses, bit for bit. What is kept is what the stage of the fourth column gives: the last one that is frozen",
+        "and has no dropout in or before it.",
     ]
     columns = [
-        "| frozen | head | kept | cache off | cache on | times as fast | making it |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| frozen | head | batch | kept | cache off | cache on | times as fast | making it |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     write_table(settings.out, head, [*columns, *rows])
 
