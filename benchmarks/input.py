@@ -25,7 +25,7 @@ import tyro
 from PIL import Image
 
 from benchmarks.machine import write_table
-from jaxft import features, masking, nets, optim, predict, train, train_state
+from jaxft import features, feed, masking, nets, optim, predict, train, train_state
 from jaxft.data import Dataset, loader, standin, statefarm
 from jaxft.data.augment import warp
 from jaxft.data.cache import Cache
@@ -40,12 +40,15 @@ DECODED_ONCE = "batches from that file, on the device"
 AUGMENTED = "augmentation and preprocessing, on the device"
 FEATURES = {  # of VGG16; what the rows hold does not change the time
     "batches of cached features of fc1, on the device": (4096,),
+    "batches of cached features of avg_pool, on the device": (512,),
     "batches of cached features of block4, on the device": (14, 14, 512),
 }
-STEPS = {  # what takes images: name → (net, what is frozen, the stage that feeds it, None for decoded images)
-    "VGG16, first ten layers frozen": ("vgg16", "first:10", DECODED_ONCE),
-    "ResNet-50, all trained": ("resnet50", "none", DECODED_ONCE),
-    "VGG16's last layer on cached features": ("vgg16", "all-but-head", next(iter(FEATURES))),
+FC1, POOLED, _ = FEATURES
+STEPS: dict[str, tuple[str, dict[str, Any], str, str]] = {  # what takes images: net, its options, frozen, what feeds it
+    "VGG16, first ten layers frozen": ("vgg16", {}, "first:10", DECODED_ONCE),
+    "ResNet-50, all trained": ("resnet50", {}, "none", DECODED_ONCE),
+    "VGG16's last layer on cached features": ("vgg16", {}, "all-but-head", FC1),
+    "the same behind a pooled map": ("vgg16", {"head": ()}, "all-but-head", POOLED),
 }
 
 
@@ -121,14 +124,15 @@ def stages(dataset: Dataset, settings: Settings) -> Iterator[tuple[str, list[flo
     mesh = predict.data_mesh()
 
     def kept(cache: Cache) -> list[float]:
-        """Of batches, on the device, whose images are rows of the cache."""
+        """Of batches, on the device, whose images are rows of the cache; of several at once where those are vectors."""
         stream = batches(dataset, None)
+        at_once = feed.AT_ONCE if len(cache.shape) == 1 else None
 
         def run() -> Any:
-            batch: dict[str, Any] = next(stream)
+            batch: dict[str, Any] = feed.several(stream, at_once) if at_once else next(stream)
             return predict.shard(batch | {"image": cache.take(batch["index"])}, mesh)
 
-        found = rates(settings.batch_size, run, settings.seconds)
+        found = rates(settings.batch_size * (at_once or 1), run, settings.seconds)
         stream.close()
         return found
 
@@ -150,9 +154,9 @@ def stages(dataset: Dataset, settings: Settings) -> Iterator[tuple[str, list[flo
     yield AUGMENTED, rates(settings.batch_size, lambda: augment(key, images), settings.seconds)
 
 
-def step_rates(name: str, freeze: str, cached: bool, settings: Settings) -> list[float]:
-    """Of the train step alone, on one batch that is on the device already."""
-    net: Any = nets.create(name, 10, dtype=compute_dtype("auto"))
+def step_rates(name: str, options: dict[str, Any], freeze: str, cached: bool, settings: Settings) -> list[float]:
+    """Of the train step alone, on one batch that is on the device already, or on several at once of vectors."""
+    net: Any = nets.create(name, 10, dtype=compute_dtype("auto"), **options)
     variables = nets.init(net, SIZE, seed=0)
     frozen = masking.frozen_layers(net, freeze, variables["params"])
     net = net.clone(frozen=frozen)
@@ -163,14 +167,18 @@ def step_rates(name: str, freeze: str, cached: bool, settings: Settings) -> list
     if stage:
         images = features.make_prefix(net, stage, normalise, {}, seed=0)(variables, images, None)
     step = train.make_train_step(lambda _, x: x if cached else normalise(x), start=stage)
-    batch = {"image": images, "label": np.zeros(settings.batch_size, np.int32)}
+    batch: dict[str, Any] = {"image": images, "label": np.zeros(settings.batch_size, np.int32)}
+    at_once = feed.AT_ONCE if cached and images.ndim == 2 else None
+    if at_once:
+        step, batch = train.several(step), feed.several(itertools.repeat(batch), at_once)
+    batch = jax.device_put(batch)
 
     def run() -> jax.Array:
         nonlocal state
         state, metrics = step(state, batch)
         return metrics["loss"]
 
-    return rates(settings.batch_size, run, settings.seconds)
+    return rates(settings.batch_size * (at_once or 1), run, settings.seconds)
 
 
 def shown(number: float) -> str:
@@ -194,10 +202,10 @@ def main(settings: Settings) -> None:
             print(rows[-1], flush=True)
         rows += ["", "| train step | images a second | range | the input gives |", "| --- | --- | --- | --- |"]
         limited = []
-        for name, (net, freeze, feed) in STEPS.items():
-            found = step_rates(net, freeze, feed != DECODED_ONCE, settings)
+        for name, (net, options, freeze, source) in STEPS.items():
+            found = step_rates(net, options, freeze, source != DECODED_ONCE, settings)
             jax.clear_caches()
-            times = given[feed] / statistics.median(found)
+            times = given[source] / statistics.median(found)
             rows.append(f"{row(name, found)} {shown(times)} times as many |")
             print(rows[-1], flush=True)
             limited += [name] if times < 1 else []

@@ -1,7 +1,8 @@
 """The feature cache: what a wholly frozen prefix of stages gives, computed once and read from disk in every epoch.
 
 Its inputs must repeat: images without augmentation, or a fixed number of augmented views of each. Training on cached
-features gives the same losses bit for bit as computing them at every step, because both run the same programs.
+features gives the same losses as computing them at every step, as both run the same steps: on a CPU bit for bit, though
+those on vectors run several in one dispatch.
 """
 
 import hashlib

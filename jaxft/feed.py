@@ -16,7 +16,7 @@ from jaxft.predict import Batch, Predictions
 from jaxft.preprocess import PREPROCESSING
 from jaxft.train_state import TrainState
 
-AT_ONCE = 16  # steps in one dispatch, where features are vectors: dense layers take no longer than a dispatch does
+AT_ONCE = 16  # steps in one dispatch, where features are vectors: a small dense layer takes less time than a dispatch
 
 
 class Feed(NamedTuple):
@@ -153,8 +153,7 @@ def make(
                 batch, count = next(plain), 1
             else:
                 count = min(at_once, *(period - step % period for period in (steps_per_epoch, save_every) if period))
-                several = [next(plain) for _ in range(count)]
-                batch = {name: np.stack([batch[name] for batch in several]) for name in several[0]}
+                batch = several(plain, count)
             yield with_features(view, batch)
             step += count
 
@@ -163,3 +162,9 @@ def make(
         return predict.evaluate(state, eval_step, (with_features(None, batch) for batch in held_out), mesh)
 
     return Feed(train_step, batches, evaluate, cache)
+
+
+def several(batches: Iterator[Batch], count: int) -> Batch:
+    """The next `count` batches as one, leaves [count, B, …]."""
+    taken = [next(batches) for _ in range(count)]
+    return {name: np.stack([batch[name] for batch in taken]) for name in taken[0]}

@@ -185,8 +185,8 @@ def fit(
                 seen.add(steps)
             else:
                 sums["timed_steps"] += steps
-            done = max(sums["steps"], 1)
-            advance(steps, f"epoch {1 + (step - 1) // steps_per_epoch}/{epochs}  loss {sums['loss'] / done:.3f}")
+            loss = f"  loss {sums['loss'] / sums['steps']:.3f}" if sums["steps"] else ""
+            advance(steps, f"epoch {1 + (step - 1) // steps_per_epoch}/{epochs}{loss}")
             ends_epoch = step % steps_per_epoch == 0
             saves = stop or ends_epoch or (save_every is not None and step % save_every == 0)
             if not saves:

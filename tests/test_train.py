@@ -173,6 +173,14 @@ def test_two_devices_compute_what_one_does():
             batch = predict.shard(tiny.batch(t), mesh)
             assert len(batch["image"].sharding.device_set) == mesh.size
             state, metrics = step(state, batch)
+        several = train.several(step)
+        for t in (3, 5):
+            batch = jax.tree.map(lambda *rows: np.stack(rows), tiny.batch(t), tiny.batch(t + 1))
+            batch = predict.shard(batch, mesh)
+            assert batch["image"].sharding.shard_shape(batch["image"].shape)[:2] == (2, 8 // mesh.size)
+            state, metrics = several(state, batch)
+        assert several._cache_size() == 1 and all(leaf.is_fully_replicated for leaf in jax.tree.leaves(state.params))
+        metrics = {name: values[-1] for name, values in metrics.items()}
         eval_step = predict.make_eval_step(lambda images: tiny.prepare(None, images))
         found = predict.evaluate(state, eval_step, test_train.eval_batches(10), mesh)
         print(mesh.size, float(metrics["loss"]), float(metrics["grad_norm"]), found.log_loss(), len(found.index))
@@ -189,7 +197,7 @@ def test_two_devices_compute_what_one_does():
     assert results[1][1:] == pytest.approx(results[0][1:], rel=1e-4)
 
 
-def run(folder, config=None, *, epochs=3, batches=None, save_every=None, steps_per_epoch=4):
+def run(folder, config=None, *, epochs=3, batches=None, save_every=None, steps_per_epoch=4, train_step=None):
     """A short run of `fit` in a folder; returns (state, history)."""
     mesh = predict.data_mesh()
     state = predict.replicate(make_state(tiny.Tiny(dropout=0.3)), mesh)
@@ -198,7 +206,7 @@ def run(folder, config=None, *, epochs=3, batches=None, save_every=None, steps_p
     try:
         return train.fit(
             state,
-            train.make_train_step(tiny.prepare),
+            train_step or train.make_train_step(tiny.prepare),
             batches or (lambda step: map(tiny.batch, itertools.count(step))),
             lambda state: predict.evaluate(state, eval_step, eval_batches(10), mesh),
             epochs=epochs,
@@ -270,6 +278,32 @@ def test_a_killed_run_loses_no_more_than_save_every(tmp_path):
 
     run(tmp_path, batches=resumed, save_every=2)
     assert firsts == [6]
+
+
+def test_several_steps_at_once_count_as_so_many(tmp_path, monkeypatch):
+    """Bug: three steps in one dispatch count as one, a batch has as many images as steps, or compiling is timed."""
+    clock, seen = [0.0], set()
+    several = train.several(train.make_train_step(tiny.prepare))
+
+    def train_step(state, batch):
+        steps = len(batch["label"])
+        clock[0] += 0.5 * steps if steps in seen else 1000.0
+        seen.add(steps)
+        return several(state, batch)
+
+    def batches(first):
+        for start, count in ((0, 3), (3, 1), (4, 3), (7, 1), (8, 1), (9, 3)):
+            yield jax.tree.map(lambda *rows: np.stack(rows), *map(tiny.batch, range(start, start + count)))
+
+    (tmp_path / "several").mkdir()
+    (tmp_path / "single").mkdir()
+    with monkeypatch.context() as patched:
+        patched.setattr(train.time, "perf_counter", lambda: clock[0])
+        state, history = run(tmp_path / "several", batches=batches, train_step=train_step)
+    assert [row["images_per_second"] for row in history] == [0.0, 16.0, 16.0]
+    expected, expected_history = run(tmp_path / "single")
+    assert without_rate(history) == without_rate(expected_history)
+    jax.tree.map(np.testing.assert_array_equal, state.params, expected.params)
 
 
 def test_a_finished_run_trains_no_further(tmp_path):

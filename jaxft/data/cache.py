@@ -83,7 +83,7 @@ class Cache:
         self._array = to_device(self._array)
 
     def take(self, indices: np.ndarray) -> Any:
-        """The rows of the images `indices`, int [B]: [B, *shape], on the device if the cache is held there.
+        """The rows of the images `indices`, int [...]: [..., *shape], on the device if the cache is held there.
 
         Padding rows, index -1, get those of some image.
 

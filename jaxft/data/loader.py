@@ -92,7 +92,7 @@ def train_batches(
         return _load(dataset, indices[permutation(epoch)[first : first + batch_size][rows]], image_size, scaled)
 
     stop = _FOREVER if num_steps is None else start_step + num_steps
-    return _in_background(batch, range(start_step, stop), workers)
+    return _in_order(batch, range(start_step, stop), workers, image_size is not None)
 
 
 def eval_batches(
@@ -135,7 +135,7 @@ def eval_batches(
             for key, value in loaded.items()
         }
 
-    return _in_background(batch, range(-(-len(indices) // batch_size)), workers)
+    return _in_order(batch, range(-(-len(indices) // batch_size)), workers, image_size is not None)
 
 
 def decode_once(
@@ -214,11 +214,13 @@ def _load(dataset: Dataset, indices: np.ndarray, image_size: tuple[int, int] | N
     return {"image": images, **labels}
 
 
-def _in_background(batch: Callable[[int], Batch], steps: range, workers: int | None) -> Batches:
-    """The batches of `steps` in order, made by threads that run a little ahead."""
+def _in_order(batch: Callable[[int], Batch], steps: range, workers: int | None, decodes: bool) -> Batches:
+    """The batches of `steps` in order; those that decode are made by threads that run a little ahead."""
     workers = default_workers() if workers is None else workers
     if workers < 1:
         raise ValueError(f"workers {workers}: expected at least 1")
+    if not decodes:
+        return (batch(step) for step in steps)  # which takes less time than a thread's handing it over
     # Grain's threads make whole elements; one is a batch, so the batches in flight are the workers' and two ready.
     options = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=workers + 2)
     batches = grain.MapDataset.range(steps.start, steps.stop).map(batch).to_iter_dataset(options)

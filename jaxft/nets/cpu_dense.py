@@ -1,7 +1,9 @@
 """The product of a dense layer, whose gradients a CPU takes in the order that suits it. Other platforms get XLA's own.
 
 XLA's CPU backend multiplies the output's gradient [B, D] with the transposed kernel at a fraction of the processor's
-speed where B is small; the kernel [C, D] with the transposed gradient it reads once, from end to end.
+speed where B is small; the kernel [C, D] with the transposed gradient it reads once, from end to end. For fc1 of
+VGG16, 25088×4096, on two cores that is 18 for 45 ms at a batch of 16, 129 for 147 at 128, 291 for 272 at 256; for
+2048×1000 and a batch of 16, 0.37 for 0.50 ms.
 """
 
 from typing import Any

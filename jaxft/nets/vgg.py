@@ -45,11 +45,11 @@ class VGG(nn.Module):
             table[f"block{b}"] = (*(name for pair in convs for name in pair), f"block{b}_pool")
         if self.num_classes is None:
             return table
-        dense = ["fc1", "fc2"] if self.head is None else [f"hidden{i}" for i in range(1, len(self.head) + 1)]
-        dense.append("predictions")
+        layers = ["fc1", "fc2"] if self.head is None else [f"hidden{i}" for i in range(1, len(self.head) + 1)]
+        layers.append("predictions")
         if self.head is not None:
             table["avg_pool"] = ("avg_pool",)
-        for i, name in enumerate(dense):
+        for i, name in enumerate(layers):
             before = ("flatten",) if name == "fc1" else (f"{name}_dropout",) if i else ()
             table[name] = (*before, name)
         return table
