@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -302,8 +303,9 @@ def test_several_steps_at_once_count_as_so_many(tmp_path, monkeypatch):
         state, history = run(tmp_path / "several", batches=batches, train_step=train_step)
     assert [row["images_per_second"] for row in history] == [0.0, 16.0, 16.0]
     expected, expected_history = run(tmp_path / "single")
-    assert without_rate(history) == without_rate(expected_history)
-    jax.tree.map(np.testing.assert_array_equal, state.params, expected.params)
+    for row, expected_row in zip(history, expected_history, strict=True):
+        assert row == pytest.approx({**expected_row, "images_per_second": row["images_per_second"]}, rel=1e-5)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), state.params, expected.params)
 
 
 def test_a_finished_run_trains_no_further(tmp_path):
