@@ -48,7 +48,7 @@ STEPS: dict[str, tuple[str, dict[str, Any], str, str]] = {  # what takes images:
     "VGG16, first ten layers frozen": ("vgg16", {}, "first:10", DECODED_ONCE),
     "ResNet-50, all trained": ("resnet50", {}, "none", DECODED_ONCE),
     "VGG16's last layer on cached features": ("vgg16", {}, "all-but-head", FC1),
-    "the same behind a pooled map": ("vgg16", {"head": ()}, "all-but-head", POOLED),
+    "VGG16's pooled last layer on cached features": ("vgg16", {"head": ()}, "all-but-head", POOLED),
 }
 
 
