@@ -59,13 +59,12 @@ def measure(dataset: Dataset, freeze: str, head: str, batch_size: int, timed: in
     stage = features.cut(net, frozen, list(variables["params"]))
     everything, mesh = np.arange(len(dataset)), predict.data_mesh()
     steps = loader.steps_per_epoch(len(dataset), batch_size)
-    sizes: dict[str, float] = {}
 
-    def epochs(cache_features: str) -> Iterator[list[float]]:
-        """First nothing, once what is computed once is; then the losses of one epoch after another."""
+    def start(cache_features: str) -> tuple[train_state.TrainState, feed.Feed]:
+        """A side's state and feed, once what is computed once is."""
         tx = optim.nesterov_sgd(1e-3, 0.9)
         state = predict.replicate(train_state.create(net, variables, tx, frozen=frozen), mesh)
-        fed = feed.make(
+        return state, feed.make(
             net,
             variables,
             state,
@@ -80,8 +79,9 @@ def measure(dataset: Dataset, freeze: str, head: str, batch_size: int, timed: in
             image_size=size,
             cache_features=cache_features,
         )
-        sizes[cache_features] = fed.cache[None].bytes / 1e6 if fed.cache else 0.0
-        yield []
+
+    def epochs(state: train_state.TrainState, fed: feed.Feed) -> Iterator[list[float]]:
+        """The losses of one epoch after another."""
         losses: list[jax.Array] = []
         for batch in fed.batches(0):
             state, metrics = fed.train_step(state, predict.shard(batch, mesh))
@@ -96,13 +96,16 @@ def measure(dataset: Dataset, freeze: str, head: str, batch_size: int, timed: in
         return [next(side) for _ in range(count)], (time.perf_counter() - began) / count
 
     shutil.rmtree(fetch.cache_folder() / "features", ignore_errors=True)  # of the case before
-    off, on = epochs("off"), epochs("on")
-    next(off)
-    _, made = run(on, 1)
+    off = epochs(*start("off"))
+    began = time.perf_counter()
+    state, fed = start("on")
+    made = time.perf_counter() - began
+    assert fed.cache
+    on, seconds = epochs(state, fed), []
     (losses_off, _), (losses_on, _) = run(off, 1), run(on, 1)  # which compile
-    once, seconds = run(on, 1), []
-    losses_on += once[0]
-    repeats = math.ceil(1 / once[1])  # of short epochs, so many that a batch made ahead is nothing
+    losses, once = run(on, 1)
+    losses_on += losses
+    repeats = math.ceil(1 / once)  # of short epochs, so many that a batch made ahead is nothing
     for _ in range(timed):
         of_off, of_on = run(off, 1), run(on, repeats)
         losses_off, losses_on = losses_off + of_off[0], losses_on + of_on[0]
@@ -112,7 +115,7 @@ def measure(dataset: Dataset, freeze: str, head: str, batch_size: int, timed: in
     times = list(zip(*seconds, strict=True))
     cells = [f"{statistics.median(side):.3g} ({min(side):.3g} to {max(side):.3g})" for side in times]
     ratio = statistics.median(a / b for a, b in seconds)
-    cost = f"{made:.0f} s, {sizes['on']:.1f} MB"
+    cost = f"{made:.0f} s, {fed.cache[None].bytes / 1e6:.1f} MB"
     return f"| `{freeze}` | {head} | {batch_size} | {stage} | {cells[0]} | {cells[1]} | {ratio:.1f} | {cost} |"
 
 

@@ -126,13 +126,13 @@ def stages(dataset: Dataset, settings: Settings) -> Iterator[tuple[str, list[flo
     def kept(cache: Cache) -> list[float]:
         """Of batches, on the device, whose images are rows of the cache; of several at once where those are vectors."""
         stream = batches(dataset, None)
-        at_once = feed.AT_ONCE if len(cache.shape) == 1 else None
+        at_once = feed.steps_at_once(cache.shape)
 
         def run() -> Any:
-            batch: dict[str, Any] = feed.several(stream, at_once) if at_once else next(stream)
+            batch: dict[str, Any] = feed.several(stream, at_once) if at_once > 1 else next(stream)
             return predict.shard(batch | {"image": cache.take(batch["index"])}, mesh)
 
-        found = rates(settings.batch_size * (at_once or 1), run, settings.seconds)
+        found = rates(settings.batch_size * at_once, run, settings.seconds)
         stream.close()
         return found
 
@@ -168,8 +168,8 @@ def step_rates(name: str, options: dict[str, Any], freeze: str, cached: bool, se
         images = features.make_prefix(net, stage, normalise, {}, seed=0)(variables, images, None)
     step = train.make_train_step(lambda _, x: x if cached else normalise(x), start=stage)
     batch: dict[str, Any] = {"image": images, "label": np.zeros(settings.batch_size, np.int32)}
-    at_once = feed.AT_ONCE if cached and images.ndim == 2 else None
-    if at_once:
+    at_once = feed.steps_at_once(images.shape[1:])
+    if at_once > 1:
         step, batch = train.several(step), feed.several(itertools.repeat(batch), at_once)
     batch = jax.device_put(batch)
 
@@ -178,7 +178,7 @@ def step_rates(name: str, options: dict[str, Any], freeze: str, cached: bool, se
         state, metrics = step(state, batch)
         return metrics["loss"]
 
-    return rates(settings.batch_size * (at_once or 1), run, settings.seconds)
+    return rates(settings.batch_size * at_once, run, settings.seconds)
 
 
 def shown(number: float) -> str:

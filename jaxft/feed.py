@@ -124,10 +124,10 @@ def make(
                 required=cache_features == "on",
             )
         if cache:
-            train_step, eval_step = behind, eval_behind
+            eval_step = eval_behind
             whole["image_size"], held, images = None, None, dataset  # the device's memory is for the features
-            if len(cache[None].shape) == 1:
-                train_step, at_once = train.several(behind), AT_ONCE
+            at_once = steps_at_once(cache[None].shape)
+            train_step = train.several(behind) if at_once > 1 else behind
         else:
 
             def train_step(state: TrainState, batch: Batch) -> Any:
@@ -162,6 +162,11 @@ def make(
         return predict.evaluate(state, eval_step, (with_features(None, batch) for batch in held_out), mesh)
 
     return Feed(train_step, batches, evaluate, cache)
+
+
+def steps_at_once(shape: tuple[int, ...]) -> int:
+    """How many steps share a dispatch, where what feeds them of each image has this shape."""
+    return AT_ONCE if len(shape) == 1 else 1
 
 
 def several(batches: Iterator[Batch], count: int) -> Batch:

@@ -16,7 +16,7 @@ import optax
 import pytest
 import tiny
 
-from jaxft import optim, predict, train, train_state
+from jaxft import feed, optim, predict, train, train_state
 from jaxft.checkpoint import CheckpointError, Checkpoints
 
 
@@ -166,8 +166,8 @@ def test_a_batch_that_does_not_divide_over_the_devices():
 def test_two_devices_compute_what_one_does():
     """Bug: the batch is not shared out, gradients are not averaged over devices, or the last rows are lost."""
     script = """
-        import jax, numpy as np, tiny, test_train
-        from jaxft import predict, train
+        import jax, tiny, test_train
+        from jaxft import feed, predict, train
         mesh = predict.data_mesh()
         step, state = train.make_train_step(tiny.prepare), predict.replicate(test_train.make_state(), mesh)
         for t in range(3):
@@ -176,8 +176,7 @@ def test_two_devices_compute_what_one_does():
             state, metrics = step(state, batch)
         several = train.several(step)
         for t in (3, 5):
-            batch = jax.tree.map(lambda *rows: np.stack(rows), tiny.batch(t), tiny.batch(t + 1))
-            batch = predict.shard(batch, mesh)
+            batch = predict.shard(feed.several(map(tiny.batch, (t, t + 1)), 2), mesh)
             assert batch["image"].sharding.shard_shape(batch["image"].shape)[:2] == (2, 8 // mesh.size)
             state, metrics = several(state, batch)
         assert several._cache_size() == 1 and all(leaf.is_fully_replicated for leaf in jax.tree.leaves(state.params))
@@ -294,7 +293,7 @@ def test_several_steps_at_once_count_as_so_many(tmp_path, monkeypatch):
 
     def batches(first):
         for start, count in ((0, 3), (3, 1), (4, 3), (7, 1), (8, 1), (9, 3)):
-            yield jax.tree.map(lambda *rows: np.stack(rows), *map(tiny.batch, range(start, start + count)))
+            yield feed.several(map(tiny.batch, itertools.count(start)), count)
 
     (tmp_path / "several").mkdir()
     (tmp_path / "single").mkdir()
