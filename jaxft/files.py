@@ -1,43 +1,76 @@
-"""Files that are put in place whole: a failure leaves what was there."""
+"""Files that are put in place whole: a failure leaves what was there. Text is UTF-8, whatever the locale."""
 
 import csv
 import json
+import math
 import os
 import pathlib
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 
 def write_whole(path: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> None:
-    """Has `write` make a file beside `path`, and renames it to that once it is on the disk.
+    """Has `write` make a file beside `path`, and renames it to `path` once it is on the disk.
 
     Raises:
         OSError: the folder cannot be written to, or the disk is full.
     """
-    partial = path.with_name(f"{path.name}.part")
+    # Random, because processes on two machines may share a folder and a process number.
+    partial = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
         write(partial)
-        with partial.open("rb") as file:
+        with partial.open("rb+") as file:
             os.fsync(file.fileno())  # or a power cut could leave the new name on an empty file
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
 
+def write_text(path: pathlib.Path, text: str) -> None:
+    """`text` as it is."""
+    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8", newline=""))
+
+
 def write_json(path: pathlib.Path, values: Any) -> None:
-    """`values` as indented JSON."""
-    write_whole(path, lambda partial: partial.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n"))
+    """`values` as indented JSON that strict readers take: NaN and infinity, which JSON lacks, become null."""
+    write_text(path, json.dumps(_strict(values), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _strict(values: Any) -> Any:
+    if isinstance(values, float):
+        return values if math.isfinite(values) else None
+    if isinstance(values, Mapping):
+        return {key: _strict(value) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [_strict(value) for value in values]
+    return values
+
+
+def read_json(path: pathlib.Path) -> Any:
+    """What `write_json` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not JSON; the message names the file.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); delete it, or restore it from a copy") from error
 
 
 def write_csv(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """`rows` under the columns of the last one, blank where an earlier row has no such column.
 
     Raises:
-        ValueError: a row has a column that the last one lacks.
+        ValueError: there is no row, or a row has a column that the last one lacks.
     """
+    if not rows:
+        raise ValueError(f"{path}: a table needs at least one row, which names its columns")
 
     def write(partial: pathlib.Path) -> None:
-        with partial.open("w", newline="") as file:
+        with partial.open("w", newline="", encoding="utf-8") as file:
             table = csv.DictWriter(file, rows[-1])
             table.writeheader()
             table.writerows(rows)
