@@ -34,16 +34,17 @@ def write_text(path: pathlib.Path, text: str) -> None:
 
 def write_json(path: pathlib.Path, values: Any) -> None:
     """`values` as indented JSON that strict readers take: NaN and infinity, which JSON lacks, become null."""
-    write_text(path, json.dumps(_strict(values), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json.dumps(strict(values), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def _strict(values: Any) -> Any:
+def strict(values: Any) -> Any:
+    """JSON values with null for NaN and infinity."""
     if isinstance(values, float):
         return values if math.isfinite(values) else None
     if isinstance(values, Mapping):
-        return {key: _strict(value) for key, value in values.items()}
+        return {key: strict(value) for key, value in values.items()}
     if isinstance(values, list | tuple):
-        return [_strict(value) for value in values]
+        return [strict(value) for value in values]
     return values
 
 
