@@ -20,7 +20,7 @@ from jax import lax
 
 from benchmarks import flops
 from benchmarks.machine import write_table
-from jaxft.nets import cpu_conv
+from jaxft.kernels import conv
 from jaxft.progress import bar
 
 LAYERS = (  # net, side, channels in and out, kernel, stride
@@ -62,9 +62,9 @@ def xla(x: Any, kernel: Any, strides: int, padding: str) -> Any:
     return lax.conv_general_dilated(x, kernel, (strides, strides), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
-def programs(conv: Callable[..., Any], stride: int) -> tuple[Callable[..., Any], ...]:
+def programs(way: Callable[..., Any], stride: int) -> tuple[Callable[..., Any], ...]:
     def output(x: Any, kernel: Any, dy: Any) -> Any:
-        return conv(x, kernel, strides=stride, padding="SAME")
+        return way(x, kernel, strides=stride, padding="SAME")
 
     def of_input(x: Any, kernel: Any, dy: Any) -> Any:
         return jax.vjp(lambda x: output(x, kernel, dy), x)[1](dy)
@@ -87,7 +87,7 @@ def main(settings: Settings) -> None:
         for net, side, fan_in, fan_out, size, stride in LAYERS:
             x = rng.normal(size=(settings.batch_size, side, side, fan_in)).astype(np.float32)
             kernel = rng.normal(size=(*size, fan_in, fan_out)).astype(np.float32)
-            sides = [programs(conv, stride) for conv in (xla, cpu_conv.convolve)]
+            sides = [programs(way, stride) for way in (xla, conv.convolve)]
             y = jax.eval_shape(sides[0][0], x, kernel, x)
             arrays = tuple(map(jax.device_put, (x, kernel, rng.normal(size=y.shape).astype(np.float32))))
             giga = 2 * y.size * kernel[..., 0].size / 1e9

@@ -10,7 +10,7 @@ from jax.extend.core import Literal
 
 from benchmarks import flops
 from jaxft import features, masking, nets, train
-from jaxft.nets import cpu_conv
+from jaxft.kernels import conv as convolution
 
 BATCH = 16
 
@@ -64,7 +64,7 @@ def test_a_step_does_and_keeps_what_the_formulas_say(name, freeze, clip_norm):
 
 def test_a_step_on_a_cpu_is_the_frozen_stages_forward_and_a_step_behind_them(monkeypatch):
     """Bug: the convolutions of a CPU, which have gradients of their own, take or keep something for frozen stages."""
-    monkeypatch.setattr(cpu_conv, "MIN_MACS", 1)  # so that small images, too, are computed as large ones are
+    monkeypatch.setattr(convolution, "MIN_MACS", 1)  # so that small images, too, are computed as large ones are
     net, state = flops.shapes(nets.create("vgg16", 10, head=()), "through:block4", (64, 64))
 
     def batch(images):

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -11,8 +10,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from jaxft.nets.cpu_conv import convolve
-from jaxft.nets.cpu_dense import dot_general
+from jaxft.kernels.conv import convolve
+from jaxft.kernels.dense import dot_general
+from jaxft.kernels.norm import normalise
 
 Stage = tuple[str, Callable[[jax.Array], jax.Array]]
 Padding = str | Sequence[tuple[int, int]]
@@ -223,43 +223,6 @@ def conv(
         return x
     x = Scale(dtype, name=scale)(x)
     return nn.relu(x) if relu else x
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def normalise(
-    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """x [..., C] by the mean and biased variance of each channel → (float32 [..., C], mean [C], variance [C]).
-
-    The variance is E[x²] - E[x]², which is as good as E[(x - E[x])²] where the mean is no larger than some standard
-    deviations, and needs no copy of x. The gradient is written out: it keeps x alone, where the derivative of each
-    operation would keep what it made of x, and reads x and the output's gradient twice.
-    """
-    axes = tuple(range(x.ndim - 1))
-    x = x.astype(jnp.float32)
-    mean = x.mean(axes)
-    var = jnp.maximum(jnp.square(x).mean(axes) - jnp.square(mean), 0)
-    return (x - mean) * (lax.rsqrt(var + epsilon) * scale) + bias, mean, var
-
-
-def _normalise_forward(x, scale, bias, epsilon):
-    y, mean, var = normalise(x, scale, bias, epsilon)
-    return (y, mean, var), (x, scale, mean, var)
-
-
-def _normalise_backward(epsilon, saved, gradients):
-    x, scale, mean, var = saved
-    dy, dmean, dvar = gradients
-    axes, n = tuple(range(x.ndim - 1)), x.size // x.shape[-1]
-    x32, inverse = x.astype(jnp.float32), lax.rsqrt(var + epsilon)
-    of_bias = dy.sum(axes)
-    of_scale = ((dy * x32).sum(axes) - mean * of_bias) * inverse
-    slope = 2 * dvar - inverse * inverse * scale * of_scale
-    dx = inverse * scale * dy + ((x32 - mean) * slope + (dmean - inverse * scale * of_bias)) / n
-    return dx.astype(x.dtype), of_scale, of_bias
-
-
-normalise.defvjp(_normalise_forward, _normalise_backward)
 
 
 def batch_norm(

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from jaxft.kernels.pool import avg_pool, max_pool
 from jaxft.nets.common import Padding, Spec, Stage, check_size, classify, conv, dense, fold
-from jaxft.nets.cpu_pool import avg_pool, max_pool
 
 # Module → widths of 1x1, 3x3_reduce, 3x3, 5x5_reduce, 5x5, pool_proj.
 MODULES = {

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from jaxft.kernels.pool import avg_pool, max_pool
 from jaxft.nets.common import Spec, Stage, batch_norm, check_size, classify, conv, fold, published
-from jaxft.nets.cpu_pool import avg_pool, max_pool
 
 
 class Conv(NamedTuple):

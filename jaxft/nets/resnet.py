@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from jaxft.kernels.pool import max_pool
 from jaxft.nets.common import Padding, Spec, Stage, batch_norm, check_size, classify, conv, fold, published
-from jaxft.nets.cpu_pool import max_pool
 
 WIDTHS = (64, 128, 256, 512)  # of the 3×3 convolutions of stages 2 to 5; blocks end four times as wide
 

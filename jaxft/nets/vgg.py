@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from jaxft.kernels.pool import max_pool
 from jaxft.nets.common import Spec, Stage, conv, dense, fold, published
-from jaxft.nets.cpu_pool import max_pool
 
 WIDTHS = (64, 128, 256, 512, 512)
 FC_WIDTH = 4096

@@ -4,17 +4,18 @@ XLA's CPU backend takes the gradient of a kernel as a convolution whose window i
 processor's speed or less, and 1×1 convolutions at half of it. Here
 
 - 1×1 convolutions and their gradients are one matrix product,
-- 3×3 ones at stride 1, and their gradients, are Winograd's minimal filtering over 2×2 tiles, F(2×2, 3×3): 16 matrix
-  products with 4/9 of the multiplications. Longer kernels are several of three taps, the first of which is zero behind
-  the first three: 5×5 ones take 49/100 of the multiplications, 7×1 and 1×7 ones 10/14, 3×1 and 1×3 ones 4/6,
-- those at a stride are products with the pixels under each window laid side by side, forward and backward, unless
+- 3×3 convolutions at stride 1, and their gradients, are Winograd's minimal filtering over 2×2 tiles, F(2×2, 3×3):
+  16 matrix products with 4/9 of the multiplications. A longer kernel is split into kernels of three taps; after the
+  first three taps, each begins with a zero. 5×5 kernels take 49/100 of the multiplications, 7×1 and 1×7 ones 10/14,
+  3×1 and 1×3 ones 4/6,
+- convolutions at a stride are products with the pixels of each window laid side by side, forward and backward, unless
   they have few channels,
-- those of images at a stride take the rows of each window side by side and add up columns,
+- convolutions of images at a stride lay the rows of each window side by side and add up columns,
 - the gradient of any other kernel is a product for each of its taps.
 
-It is for one device: a batch that lies on several is gathered on each of them.
+This is for one device: a batch that lies on several is gathered on each of them.
 
-All stay within float32 rounding of the direct sum: the kernels' gradients are nearer to it than XLA's.
+All results stay within float32 rounding of the direct sum. The kernels' gradients are nearer to it than XLA's.
 
 Source: Lavin and Gray, 2015, arXiv:1509.09308, section 4. Speeds: `python -m benchmarks.convolutions`.
 """
@@ -36,9 +37,9 @@ Pads = tuple[tuple[int, int], tuple[int, int]]  # ((above, below), (left, right)
 Finish = Callable[[jax.Array], jax.Array]  # what is done to a chunk of the output at once
 
 MINIMAL = ((3, 3), (5, 5), (1, 3), (3, 1), (1, 7), (7, 1))  # kernels that are filtered minimally
-MIN_MACS = 2**25  # multiply-adds of the batch: less is done in a millisecond, and not worth the longer compilation
+MIN_MACS = 2**25  # multiply-adds of the batch: XLA does less in a millisecond, which is not worth a longer compilation
 MIN_CHANNELS = 32  # fewer make products too thin to pay for the transforms
-IMAGE_CHANNELS = 4  # no more are laid side by side with those of the next pixel
+IMAGE_CHANNELS = 4  # at most as many are laid side by side with those of the next pixel
 CHUNK_PIXELS = 56 * 56  # of the images that are transformed at once: their planes stay in the cache of a core
 CHUNK_CHANNELS = 128  # with fewer to sum over, twice as many: short products of few channels are slow
 
@@ -74,7 +75,7 @@ def _to_kernel(units: Rows) -> list:
 
 
 def _both_axes(transform: Callable[[Rows], list], planes: Planes) -> Planes:
-    """Along each axis that has more than one element."""
+    """`transform` along each axis of the tiles that has more than one element."""
 
     def along(row: Rows) -> list:
         return transform(row) if len(row) > 1 else list(row)
@@ -84,9 +85,9 @@ def _both_axes(transform: Callable[[Rows], list], planes: Planes) -> Planes:
 
 
 def _units(size: tuple[int, int]) -> list[list[list[tuple[int, int]]]]:
-    """[i][j]: which units of a kernel of that size, transformed, are multiplied with element (i, j) of the tiles.
+    """[i][j]: which units of a transformed kernel of that size are multiplied with element (i, j) of the tiles.
 
-    Three taps become four units, and any two more, which share these elements one tile further on, three more.
+    Three taps become four units. Every two further taps become three units, which meet the next tile.
     """
     rows, columns = ([range(1), *(range(i, 3 * (k // 2) + 1, 3) for i in range(1, 4 if k > 1 else 1))] for k in size)
     return [[[(u, v) for u in down for v in across] for across in columns] for down in rows]
@@ -128,19 +129,19 @@ def _met(x: jax.Array, size: tuple[int, int], pads: Pads) -> Planes:
 
 
 def _chunks(x: jax.Array, pixels: int) -> jax.Array:
-    """[B, H, W, C] → [chunks, images, H, W, C] with as many as a chunk has where one has so many pixels; or x, if 1."""
+    """x [B, H, W, C] → [chunks, images, H, W, C], where an image counts as so many pixels; x itself if images is 1."""
     most = CHUNK_PIXELS // pixels
     images = max(n for n in range(1, max(1, most) + 1) if len(x) % n == 0)
     return x if images == 1 else x.reshape(-1, images, *x.shape[1:])
 
 
 def _chunk(x: jax.Array) -> jax.Array:
-    """One of `_chunks`. An axis of length 1 among them would cost copies: XLA gives it another place in memory."""
+    """One of `_chunks` as a batch. An axis of length 1 in `_chunks` would cost copies, as XLA moves it in memory."""
     return x if x.ndim == 4 else x[None]
 
 
 def _by_chunks(function: Callable[[jax.Array], jax.Array], x: jax.Array, pixels: int | None = None) -> jax.Array:
-    """function(x), of an x [B, H, W, C] whose images, of so many pixels, do not depend on each other."""
+    """function(x) chunk by chunk, for x [B, H, W, C] of images that do not depend on each other; `pixels` of each."""
 
     def some(x: jax.Array) -> jax.Array:
         y = function(_chunk(x))
@@ -151,7 +152,7 @@ def _by_chunks(function: Callable[[jax.Array], jax.Array], x: jax.Array, pixels:
 
 
 def _sum_by_chunks(function: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, dy: jax.Array) -> jax.Array:
-    """function(x, dy), of which every image has its summand."""
+    """function(x, dy), which is a sum over images, chunk by chunk."""
     chunks = [_chunks(images, math.prod(dy.shape[1:3])) for images in (x, dy)]
 
     def of(x: jax.Array, dy: jax.Array) -> jax.Array:
@@ -174,7 +175,7 @@ def minimal_output(
 ) -> jax.Array:
     """x [B, H, W, C] ∗ kernel [h, w, C, D] at stride 1, h and w odd: [B, H', W', D], through `finish`, by chunks.
 
-    `turned`: x has the kernel's D channels, and becomes C by the kernel turned round, as in the gradient of an input.
+    `turned`: x has D channels and the output C, by the kernel turned round, as in the gradient of an input.
     """
     size = kernel.shape[:2]
     height, width = (side + sum(pad) - k + 1 for side, pad, k in zip(x.shape[1:3], pads, size, strict=True))
@@ -188,7 +189,7 @@ def minimal_output(
     def chunk(x: jax.Array) -> jax.Array:
         products = [list(map(jnp.matmul, *rows)) for rows in zip(_met(x, size, pads), filters, strict=True)]
         y = jnp.stack([jnp.stack(row, 3) for row in _both_axes(_to_output, products)], 2)
-        _, down, rows, across, columns, _ = y.shape  # rows and columns of a tile's output: 2, or 1 of a single tap
+        _, down, rows, across, columns, _ = y.shape  # rows and columns of a tile's output: 2, or 1 for a single tap
         return finish(y.reshape(len(x), down * rows, across * columns, -1)[:, :height, :width])
 
     pixels, summed = math.prod(x.shape[1:3]), filters[-1][-1].shape[0]
@@ -211,7 +212,7 @@ def minimal_kernel_gradient(x: jax.Array, dy: jax.Array, size: tuple[int, int], 
 
 
 def tap_kernel_gradient(x: jax.Array, dy: jax.Array, size: tuple[int, int], stride: int, pads: Pads) -> jax.Array:
-    """The gradient [*size, C, D] of any kernel: for each tap, a product over the pixels that it meets."""
+    """The gradient [*size, C, D] of any kernel: a product for each tap over the pixels that it meets."""
 
     def taps(x: jax.Array, dy: jax.Array) -> jax.Array:
         products = [_flat(pixels).T @ _flat(dy) for pixels in windows(x, size, (stride, stride), pads)]
@@ -221,7 +222,7 @@ def tap_kernel_gradient(x: jax.Array, dy: jax.Array, size: tuple[int, int], stri
 
 
 def patch_output(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads, finish: Finish = _same) -> jax.Array:
-    """x [B, H, W, C] ∗ kernel [h, w, C, D]: a product of the kernel and the pixels of each window, side by side."""
+    """x [B, H, W, C] ∗ kernel [h, w, C, D]: one product of the kernel and the pixels of each window, side by side."""
 
     def chunk(x: jax.Array) -> jax.Array:
         patches = jnp.concatenate(windows(x, kernel.shape[:2], (stride, stride), pads), -1)
@@ -233,8 +234,8 @@ def patch_output(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads, finis
 def row_output(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads, finish: Finish = _same) -> jax.Array:
     """x [B, H, W, C] ∗ kernel [h, w, C, D]: a product of each window's rows, side by side, then a sum.
 
-    `stride` pixels of a row count as one. The product gives what each such group of the kernel's columns adds to the
-    output, which is one step further on for each.
+    `stride` pixels of a row count as one, and as many columns of the kernel. The product gives what each such group of
+    columns adds to the output; each group meets the rows one step after the group before.
     """
     height, width, channels, features = kernel.shape
     columns, reach = (x.shape[2] + sum(pads[1]) - width) // stride + 1, -(-width // stride)
@@ -257,8 +258,8 @@ def patch_input_gradient(
 ) -> jax.Array:
     """The gradient [B, height, width, C] of the input of a convolution whose kernel is no smaller than its stride.
 
-    Pixels whose rows leave the same remainder, and whose columns do, meet the same taps: each such set is a
-    convolution of the output's gradient with those.
+    Pixels whose rows, and whose columns, leave the same remainder by the stride meet the same taps. Each such set is a
+    convolution of the output's gradient with these taps.
     """
     sides = (height, width)
     rows, columns = (-(-(side + sum(pad)) // stride) for side, pad in zip(sides, pads, strict=True))
@@ -301,7 +302,7 @@ def product_input_gradient(dy: jax.Array, kernel: jax.Array, stride: int, height
 
 
 def fastest(kernel: jax.Array, stride: int) -> Callable[..., jax.Array]:
-    """What of the above computes (x, kernel, stride, pads, finish)."""
+    """The function that computes (x, kernel, stride, pads, finish) fastest."""
     size, (channels, features) = kernel.shape[:2], kernel.shape[2:]
     if size == (1, 1):
         return product
@@ -329,7 +330,7 @@ def _input_gradient(x: jax.Array, dy: jax.Array, kernel: jax.Array, stride: int,
 def explicit_pads(
     x: jax.Array, window: tuple[int, int], strides: tuple[int, int], padding: str | Sequence[tuple[int, int]]
 ) -> Pads:
-    """What lies around images x [B, H, W, C] with that padding, by name or given, of windows at those strides."""
+    """The padding of images x [B, H, W, C], by name or given, in pixels, for windows at those strides."""
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(x.shape[1:3], window, strides, padding)
     (above, below), (left, right) = padding
@@ -348,8 +349,8 @@ def convolve(
 ) -> jax.Array:
     """x [B, H, W, C] ∗ kernel [h, w, C, D], times factor [D], plus bias [D], through a ReLU: [B, H', W', D].
 
-    XLA's own convolution, with the factor in its kernel, where the default backend is no CPU, in other precisions of x
-    than float32, and of little work.
+    It is XLA's own convolution, with the factor in its kernel, where the default backend is no CPU, where x is not
+    float32, and where there is little work.
     """
     pads = explicit_pads(x, kernel.shape[:2], (strides, strides), padding)
     macs = x.size // strides**2 * math.prod(kernel.shape[:2]) * kernel.shape[3]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jaxft.nets import cpu_conv
+from jaxft.kernels import conv
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 CASES = {  # height, width, channels in and out, kernel, stride, padding
@@ -43,7 +43,7 @@ CASES = {  # height, width, channels in and out, kernel, stride, padding
 
 @pytest.fixture(autouse=True)
 def small_ones_too(monkeypatch):
-    monkeypatch.setattr(cpu_conv, "MIN_MACS", 0)
+    monkeypatch.setattr(conv, "MIN_MACS", 0)
 
 
 def plain(x, kernel, bias=None, factor=None, *, relu=False, strides, padding):
@@ -70,7 +70,7 @@ def with_gradients(function, *arrays_and_dy):
 
 
 def convolve(x, kernel, bias=None, factor=None, **options):
-    return cpu_conv.convolve(x, kernel, bias, factor=factor, **options)
+    return conv.convolve(x, kernel, bias, factor=factor, **options)
 
 
 @pytest.mark.parametrize("relu", [False, True], ids=["one chunk", "an image a chunk, factor, bias and ReLU"])
@@ -78,7 +78,7 @@ def convolve(x, kernel, bias=None, factor=None, **options):
 def test_output_and_gradients_are_exact_to_rounding(case, relu, monkeypatch):
     """Bug: a tile at the edge, an odd side, a pad, a stride or the turned kernel is wrong; or 1e-6 is not kept."""
     if relu:
-        monkeypatch.setattr(cpu_conv, "CHUNK_PIXELS", 1)
+        monkeypatch.setattr(conv, "CHUNK_PIXELS", 1)
     options, x, kernel, bias, factor, dy = draw(case)
     arrays = (x, kernel, bias, factor, dy) if relu else (x, kernel, dy)
     with jax.enable_x64(True):
@@ -100,16 +100,16 @@ def test_a_batch_of_any_size(batch, images, monkeypatch):
     """Bug: images are lost or mixed where a batch is several chunks, of one image or of more."""
     options, x, kernel, *_, dy = draw("3×3", batch)
     pixels = math.prod(x.shape[1:3])
-    monkeypatch.setattr(cpu_conv, "CHUNK_PIXELS", 2 * pixels)
-    monkeypatch.setattr(cpu_conv, "CHUNK_CHANNELS", 0)
-    assert cpu_conv._chunks(jnp.asarray(x), pixels).shape[:-3] == ((batch,) if images == 1 else (batch // 2, 2))
+    monkeypatch.setattr(conv, "CHUNK_PIXELS", 2 * pixels)
+    monkeypatch.setattr(conv, "CHUNK_CHANNELS", 0)
+    assert conv._chunks(jnp.asarray(x), pixels).shape[:-3] == ((batch,) if images == 1 else (batch // 2, 2))
     arrays = [jnp.float32(array) for array in (x, kernel, dy)]
 
-    def computed(conv):
-        y, pull = jax.vjp(lambda x, kernel: conv(x, kernel, **options), *arrays[:2])
+    def computed(way):
+        y, pull = jax.vjp(lambda x, kernel: way(x, kernel, **options), *arrays[:2])
         return y, *pull(arrays[2])
 
-    for ours, direct in zip(computed(cpu_conv.convolve), computed(plain), strict=True):
+    for ours, direct in zip(computed(conv.convolve), computed(plain), strict=True):
         np.testing.assert_allclose(ours, direct, atol=3e-6 * float(jnp.abs(direct).max()))
 
 
@@ -129,7 +129,7 @@ def test_other_platforms_get_xlas_own(case, monkeypatch):
                 *map(np.float32, (x, kernel, dy))
             )
         )
-        for f in (cpu_conv.convolve, plain)
+        for f in (conv.convolve, plain)
     ]
     assert programs[0] == programs[1] and programs[0].count("conv_general_dilated[") == 3
 
@@ -150,4 +150,4 @@ def test_other_dtypes_are_left_to_xla(dtype):
     """Bug: bfloat16 goes through transforms that lose its few digits."""
     options, x, kernel, *_ = draw("3×3")
     arrays = jnp.asarray(x, dtype), jnp.asarray(kernel, dtype)
-    np.testing.assert_array_equal(cpu_conv.convolve(*arrays, **options), plain(*arrays, **options))
+    np.testing.assert_array_equal(conv.convolve(*arrays, **options), plain(*arrays, **options))

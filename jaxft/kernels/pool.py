@@ -1,10 +1,11 @@
 """Pooling that is cheap on a CPU. Other platforms get XLA's own.
 
-Means are sums along one axis, then along the other, of shifted images, which XLA's CPU backend computes on every core.
+A mean is a sum of shifted images along one axis, then along the other: XLA's CPU backend computes it on every core.
 
 For the gradient of the maximum, XLA's CPU backend looks for the largest pixel of each window again, with four arrays of
-indices as large as the images. Here the forward pass notes in one byte where in its window that pixel lies: the first
-one in the order of rows, as XLA does. Outputs are the same bits, and gradients too where windows do not overlap.
+indices as large as the images. Here the forward pass notes in one byte where in its window that pixel lies. Of several
+largest pixels it is the first in the order of rows, as in XLA. Outputs are the same bits as XLA's, and so are gradients
+where windows do not overlap.
 """
 
 import functools
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxft.nets.cpu_conv import explicit_pads, windows
+from jaxft.kernels.conv import explicit_pads, windows
 
 Pair = tuple[int, int]
 NOWHERE = 255  # the place of no pixel
@@ -25,7 +26,7 @@ NOWHERE = 255  # the place of no pixel
 def max_pool(
     x: jax.Array, window: Pair, strides: Pair = (1, 1), padding: str | Sequence[tuple[int, int]] = "VALID"
 ) -> jax.Array:
-    """As `flax.linen.max_pool`, x [B, H, W, C]."""
+    """The same as `flax.linen.max_pool`, for x [B, H, W, C]."""
     if jax.default_backend() != "cpu":
         return nn.max_pool(x, window, strides, padding)
     pads = explicit_pads(x, window, strides, padding)
@@ -37,9 +38,9 @@ def max_pool(
 def avg_pool(
     x: jax.Array, window: Pair, strides: Pair = (1, 1), padding: str | Sequence[tuple[int, int]] = "VALID"
 ) -> jax.Array:
-    """As `flax.linen.avg_pool` with `count_include_pad=False`, x [B, H, W, C], in the dtype of x.
+    """The same as `flax.linen.avg_pool` with `count_include_pad=False`, for x [B, H, W, C], in the dtype of x.
 
-    Every window must meet a pixel.
+    Every window must hold a pixel that is not padding.
     """
     if jax.default_backend() != "cpu":
         return nn.avg_pool(x, window, strides, padding, count_include_pad=False).astype(x.dtype)

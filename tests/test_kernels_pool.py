@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft.nets.cpu_pool import avg_pool, max_pool
+from jaxft.kernels.pool import avg_pool, max_pool
 
 CASES = {  # height, width, window, strides, padding
     "2×2": (8, 6, (2, 2), (2, 2), "VALID"),

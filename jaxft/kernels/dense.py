@@ -1,9 +1,9 @@
-"""The product of a dense layer, whose gradients a CPU takes in the order that suits it. Other platforms get XLA's own.
+"""The product of a dense layer, with gradients in the order that suits a CPU. Other platforms get XLA's own.
 
 XLA's CPU backend multiplies the output's gradient [B, D] with the transposed kernel at a fraction of the processor's
-speed where B is small; the kernel [C, D] with the transposed gradient it reads once, from end to end. For fc1 of
-VGG16, 25088×4096, on two cores that is 18 for 45 ms at a batch of 16, 129 for 147 at 128, 291 for 272 at 256; for
-2048×1000 and a batch of 16, 0.37 for 0.50 ms.
+speed where B is small. The kernel [C, D] with the transposed gradient is read once, from end to end. For fc1 of VGG16,
+25088×4096, on two cores, that takes 18 ms in place of 45 at a batch of 16, 129 in place of 147 at 128, and 291 in place
+of 272 at 256; for 2048×1000 and a batch of 16, 0.37 ms in place of 0.50.
 """
 
 from typing import Any
@@ -12,15 +12,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-MAX_BATCH = 128  # the two take equally long from there on
-MIN_WEIGHTS = 2**20  # fewer take less than a millisecond
+MAX_BATCH = 128  # above it both orders take equally long
+MIN_WEIGHTS = 2**20  # the product with fewer takes less than a millisecond
 
 
 def dot_general(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **options: Any) -> jax.Array:
     """`lax.dot_general` for a `flax.linen.Dense`: x [B, C] · kernel [C, D] → [B, D].
 
-    XLA's own gradients where the default backend is no CPU, in other precisions than float32, of large batches and of
-    small kernels.
+    The gradients are XLA's own where the default backend is no CPU, x is not float32, the batch is large or the kernel
+    small.
     """
     wide = x.ndim == 2 and len(x) <= MAX_BATCH and kernel.size >= MIN_WEIGHTS
     if jax.default_backend() != "cpu" or x.dtype != jnp.float32 or not wide:
@@ -39,7 +39,7 @@ def _forward(x, kernel):
 
 def _backward(saved, dy):
     x, kernel = saved
-    return lax.optimization_barrier(kernel @ dy.T).T, x.T @ dy  # without the barrier XLA turns it round again
+    return lax.optimization_barrier(kernel @ dy.T).T, x.T @ dy  # without the barrier XLA turns the product round again
 
 
 _product.defvjp(_forward, _backward)

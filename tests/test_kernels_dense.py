@@ -3,7 +3,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft.nets import cpu_dense
+from jaxft.kernels import dense
 
 SIZES = {"wide": (4, 2048, 512), "narrow": (4, 64, 32), "large batch": (130, 2048, 512)}  # batch, channels, features
 
@@ -19,7 +19,7 @@ def with_gradients(layer, batch, channels, dtype=jnp.float32):
 def test_output_and_gradients_are_those_of_the_products():
     """Bug: a gradient is transposed, or of the other factor; the bias gets none."""
     batch, channels, features = SIZES["wide"]
-    found = with_gradients(nn.Dense(features, dot_general=cpu_dense.dot_general), batch, channels)
+    found = with_gradients(nn.Dense(features, dot_general=dense.dot_general), batch, channels)
     expected = with_gradients(nn.Dense(features), batch, channels)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-5), found, expected)
 
@@ -33,9 +33,9 @@ def test_what_is_not_worth_it_and_other_platforms_get_xlas_own(monkeypatch):
         return str(jax.make_jaxpr(lambda: with_gradients(layer, batch, channels, dtype))())
 
     def is_xlas_own(*size):
-        return program(*size, dot_general=cpu_dense.dot_general) == program(*size)
+        return program(*size, dot_general=dense.dot_general) == program(*size)
 
     assert is_xlas_own("narrow") and is_xlas_own("large batch") and is_xlas_own("wide", jnp.bfloat16)
-    assert "optimization_barrier" in program("wide", dot_general=cpu_dense.dot_general)
+    assert "optimization_barrier" in program("wide", dot_general=dense.dot_general)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert is_xlas_own("wide")

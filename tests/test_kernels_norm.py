@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft.nets import cpu_conv
+from jaxft.kernels import conv as convolution
 from jaxft.nets.common import BatchNorm, Conv
 
 EPSILON, MOMENTUM = 1e-3, 0.9
@@ -52,10 +52,10 @@ def float32(tree):
 
 @pytest.mark.parametrize("far, bias", [(0, 1), (0, 300), (3, 1), (-10, 1)])
 @pytest.mark.parametrize("inference", [False, True], ids=["training", "frozen"])
-@pytest.mark.parametrize("least", [0, cpu_conv.MIN_MACS], ids=["by products", "by XLA"])
+@pytest.mark.parametrize("least", [0, convolution.MIN_MACS], ids=["by products", "by XLA"])
 def test_a_convolution_with_its_batch_norm(inference, far, bias, least, monkeypatch):
     """Bug: the running mean that is taken off is not added again, the bias counts twice, or digits are lost."""
-    monkeypatch.setattr(cpu_conv, "MIN_MACS", least)
+    monkeypatch.setattr(convolution, "MIN_MACS", least)
     variables, x = draw(far, bias)
     conv, norm = variables["params"]["conv"], variables["params"]["norm"]
     running = variables["batch_stats"]["norm"]
@@ -71,10 +71,10 @@ def test_a_convolution_with_its_batch_norm(inference, far, bias, least, monkeypa
         np.testing.assert_allclose(changed["batch_stats"]["norm"][name], expected, rtol=(1 + far * far) * 2e-6)
 
 
-@pytest.mark.parametrize("apart", [False, True], ids=["behind a convolution", "alone"])
+@pytest.mark.parametrize("apart", [False, True], ids=["after a convolution", "alone"])
 def test_the_gradient_is_that_of_its_definition(apart, monkeypatch):
     """Bug: a term of the written-out gradient is missing, of the mean or the variance that depend on every pixel."""
-    monkeypatch.setattr(cpu_conv, "MIN_MACS", 0)
+    monkeypatch.setattr(convolution, "MIN_MACS", 0)
     variables, x = draw(1)
     stats = variables["batch_stats"]
     weight = np.random.default_rng(1).normal(size=(4, 9, 8, 6))
