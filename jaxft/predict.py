@@ -1,105 +1,109 @@
-"""Predictions: every image of a set once, and the figures that are computed from them."""
+"""Predictions: every image of a set once, with the labels that are known of it."""
 
-import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
-from jaxft.train_state import TrainState
+from jaxft import devices
+from jaxft.progress import bar
 
 Batch = dict[str, Any]
-EvalStep = Callable[[TrainState, jax.Array], jax.Array]
-
-LOG_LOSS_CLIP = 1e-15  # as Kaggle's multi-class log loss
-
-
-def data_mesh() -> Mesh:
-    """All devices of the run in one axis called "data"."""
-    return Mesh(np.asarray(jax.devices()), ("data",))
+Variables = Mapping[str, Any]  # "params" and "batch_stats"
+EvalStep = Callable[[Variables, jax.Array], jax.Array]
 
 
-def replicate(state: TrainState, mesh: Mesh) -> TrainState:
-    """The state, whole on every device of the mesh."""
-    return jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
-
-
-def shard(batch: Batch, mesh: Mesh) -> Batch:
-    """A host's rows of a batch, or of several [K, B, …] → global arrays, split by rows over the devices of the mesh.
-
-    Raises:
-        ValueError: the global batch does not divide into the devices.
-    """
-    *several, rows = batch["label"].shape
-    rows *= jax.process_count()
-    if rows % mesh.size:
-        raise ValueError(f"a batch of {rows} does not divide over {mesh.size} devices; use a multiple of {mesh.size}")
-    sharding = NamedSharding(mesh, PartitionSpec(*[None] * len(several), "data"))
-    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
-
-
-def make_eval_step(prepare: Callable[[jax.Array], jax.Array], start: str | None = None) -> EvalStep:
-    """The jitted eval step: uint8 images [B, H, W, 3] → probabilities float32 [B, num_classes].
-
-    With `start` it takes the output of the stage of that name instead of images.
-    """
-
-    @jax.jit
-    def eval_step(state: TrainState, images: jax.Array) -> jax.Array:
-        return jax.nn.softmax(state.apply_fn(state.variables(), prepare(images), train=False, start=start)[0])
-
-    return eval_step
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Predictions:
-    """The net's word on a set of n images, in the set's order.
+    """What a net says of n images, in the set's order, beside what is known of them.
 
     Attributes:
-        index: int32 [n], the images' places in the dataset.
-        label: int32 [n].
-        probabilities: float32 [n, C], rows sum to 1.
+        index: int [n], the images' places in the dataset.
+        label: the dataset's labels of these images: int [n] (classes), or float [n, C] (labels, values).
+        known: bool, of the shape of `label`. Where it is False, `label` means nothing and takes part in no figure.
+        outputs: float32 [n, C], what `Task.outputs` makes of the logits: probabilities, or values.
+
+    Raises:
+        ValueError: the columns do not fit each other.
     """
 
     index: np.ndarray
     label: np.ndarray
-    probabilities: np.ndarray
+    known: np.ndarray
+    outputs: np.ndarray
 
-    def accuracy(self) -> float:
-        """Fraction of images whose most probable class is the label."""
-        return float((self.probabilities.argmax(1) == self.label).mean())
+    def __post_init__(self):
+        if self.outputs.ndim != 2:
+            raise ValueError(f"outputs have shape {self.outputs.shape}; expected [n, C], a row for each image")
+        rows = {name: len(getattr(self, name)) for name in ("index", "label", "known", "outputs")}
+        if len(set(rows.values())) != 1:
+            raise ValueError(f"columns of predictions differ in length: {rows}; give one row for each image")
+        if self.known.shape != self.label.shape or self.known.dtype != bool:
+            raise ValueError(
+                f"`known` is {self.known.dtype} {self.known.shape}, `label` has shape {self.label.shape}; "
+                "give a boolean for each label"
+            )
+        if self.label.ndim > 1 and self.label.shape != self.outputs.shape:
+            raise ValueError(f"labels have shape {self.label.shape}, outputs {self.outputs.shape}; they must be equal")
 
-    def losses(self) -> np.ndarray:
-        """float64 [n]: -log of the label's probability, clipped to [1e-15, 1 - 1e-15] as Kaggle does."""
-        own = self.probabilities[np.arange(len(self.label)), self.label].astype(np.float64)
-        return -np.log(own.clip(LOG_LOSS_CLIP, 1 - LOG_LOSS_CLIP))
-
-    def log_loss(self) -> float:
-        """The mean of `losses`, in nats."""
-        return float(self.losses().mean())
+    def __len__(self) -> int:
+        return len(self.index)
 
 
-def evaluate(state: TrainState, eval_step: EvalStep, batches: Iterable[Batch], mesh: Mesh) -> Predictions:
-    """Predicts every image of `batches` once; rows whose `weight` is 0 pad the last batch and are left out."""
+def make_eval_step(
+    apply_fn: Callable[..., Any],
+    outputs: Callable[[jax.Array], jax.Array],
+    prepare: Callable[[jax.Array], jax.Array],
+    start: str | None = None,
+) -> EvalStep:
+    """The jitted eval step: (variables, images uint8 [B, H, W, 3]) → outputs float32 [B, C].
+
+    `outputs` turns logits into what is predicted (`Task.outputs`), `prepare` turns images into what the net takes.
+    With `start`, the step takes the output of the stage of that name instead of images.
+    """
+
+    @jax.jit
+    def eval_step(variables: Variables, images: jax.Array) -> jax.Array:
+        return outputs(apply_fn(variables, prepare(images), train=False, start=start)[0])
+
+    return eval_step
+
+
+def evaluate(
+    eval_step: EvalStep, variables: Variables, batches: Iterable[Batch], mesh: Mesh, total: int | None = None
+) -> Predictions:
+    """Predicts every image of `batches` once, and leaves the rows out that only pad a batch.
+
+    Args:
+        eval_step: from `make_eval_step`.
+        variables: `params` and `batch_stats`.
+        batches: evaluation batches of `jaxft.data.loader`, with `image`, `label`, `known`, `index` and `real`.
+        mesh: the devices that share each batch.
+        total: the number of images, for the progress bar.
+
+    Raises:
+        ValueError: there is no batch.
+    """
     parts = []
 
     def settle(columns: Batch) -> None:
-        columns = jax.device_get(columns)
-        real = columns["weight"] > 0
-        parts.append([columns[name][real] for name in ("index", "label", "probabilities")])
+        rows = devices.gather(columns)
+        real = np.asarray(rows["real"], bool)
+        parts.append([np.asarray(rows[name])[real] for name in ("index", "label", "known", "outputs")])
 
     pending = None
-    for batch in batches:
-        columns = {name: batch[name] for name in ("index", "label", "weight")}
-        columns["probabilities"] = eval_step(state, shard(batch, mesh)["image"])
-        if jax.process_count() > 1:  # each host holds its own rows
-            columns = {name: multihost_utils.process_allgather(rows, tiled=True) for name, rows in columns.items()}
-        if pending:
-            settle(pending)  # while the device computes this batch
-        pending = columns
-    if pending:
+    with bar("evaluating", total) as advance:
+        for batch in batches:
+            columns = {name: batch[name] for name in ("index", "label", "known", "real")}
+            columns["outputs"] = eval_step(variables, devices.shard(batch, mesh)["image"])
+            if pending is not None:
+                settle(pending)  # while the device computes this batch
+                advance(len(parts[-1][0]))
+            pending = columns
+        if pending is None:
+            raise ValueError("there is no batch to evaluate; give at least one image")
         settle(pending)
     return Predictions(*(np.concatenate(column) for column in zip(*parts, strict=True)))
