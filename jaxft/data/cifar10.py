@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pooch
 import tensorflow_datasets as tfds
 from etils import epath
 from PIL import Image
@@ -158,6 +157,5 @@ def prepare(cache: str | os.PathLike[str] | None = None) -> tuple[Dataset, int]:
         groups=tuple(names),
         names=tuple(names),
         classes=CLASSES,
-        fingerprint=pooch.file_hash(str(archive)),
     )
     return dataset, len(sources["train"])

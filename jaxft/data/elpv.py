@@ -8,7 +8,6 @@ imagery, EU PVSEC 2018; Deitsch et al., Automatic classification of defective ph
 electroluminescence images, Solar Energy 185, 2019.
 """
 
-import hashlib
 import os
 import zipfile
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ TYPES = ("mono", "poly")  # of the cell's silicon: one crystal or many
 CLASSES = ("functional", "defective")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class SolarCells(Dataset):
     """The images as bytes of PNG files; label 1 is a probability of 0.5 or more.
 
@@ -78,9 +77,6 @@ def read(wheel: Path) -> SolarCells:
         if lacking:
             raise ValueError(f"{where} names {len(lacking)} images that the wheel lacks, the first {lacking[0]}")
         images = tuple(archive.read(FOLDER + path) for path in rows)
-    digest = hashlib.sha256()
-    for (path, row), image in zip(rows.items(), images, strict=True):
-        digest.update(f"{path} {row} {len(image)}\n".encode() + image)
     names = tuple(path.rsplit("/", 1)[-1] for path in rows)
     probabilities = np.asarray([probability for probability, _ in rows.values()], np.float32)
     return SolarCells(
@@ -90,7 +86,6 @@ def read(wheel: Path) -> SolarCells:
         groups=names,
         names=names,
         classes=CLASSES,
-        fingerprint=digest.hexdigest(),
         probabilities=probabilities,
         types=tuple(kind for _, kind in rows.values()),
     )

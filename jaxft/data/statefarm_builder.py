@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import hashlib
 import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -70,7 +69,7 @@ class StateFarmDistractedDriver(tfds.core.ShardBasedBuilder):
     def _shard_iterators_per_split(self, dl_manager: tfds.download.DownloadManager) -> dict[str, list[Callable]]:
         layout = statefarm.open_layout(Path(dl_manager.manual_dir))
         columns: dict[str, dict[str, Any]] = {
-            split: {"labels": [], "drivers": [], "filenames": [], "sha256": ""} for split in layout.splits
+            split: {"labels": [], "drivers": [], "filenames": []} for split in layout.splits
         }
         metadata: Any = self.info.metadata
         metadata.update(columns)  # written to a file when all records are
@@ -92,8 +91,6 @@ class StateFarmDistractedDriver(tfds.core.ShardBasedBuilder):
             columns["labels"].append(label)
             columns["drivers"].append(example.driver)
             columns["filenames"].append(example.filename)
-            chained = f"{columns['sha256']} {example.filename} {label} {example.driver} "
-            columns["sha256"] = hashlib.sha256(chained.encode() + hashlib.sha256(image).digest()).hexdigest()
             row = {"image": image, "label": label, "driver": example.driver, "filename": example.filename}
             yield example.path, row
             if self.on_example:
@@ -122,7 +119,6 @@ def build(layout: statefarm.Layout, data_dir: Path, cache_dir: Path, split: str)
         groups=tuple(columns["drivers"]),
         names=tuple(columns["filenames"]),
         classes=tuple(statefarm.CLASSES.values()),
-        fingerprint=columns["sha256"],
     )
 
 

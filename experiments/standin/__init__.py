@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import simplejpeg
 
-from jaxft.data import cabin
+from experiments.standin import cabin
 from jaxft.progress import bar
 
 MARKER = "STANDIN.json"
@@ -73,7 +73,7 @@ def render(root: Path, *, drivers: int, images_per_driver: int, seed: int = 0, w
         root.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
         _write(partial, drivers, images_per_driver, seed, workers)
-        (partial / MARKER).write_text(marker)
+        (partial / MARKER).write_text(marker, encoding="utf-8")
         partial.chmod(0o755)  # mkdtemp's is for its owner alone
         os.replace(partial, root)
     except OSError as error:
@@ -91,7 +91,7 @@ def render(root: Path, *, drivers: int, images_per_driver: int, seed: int = 0, w
 
 
 def _holds(root: Path, marker: str) -> bool:
-    return (root / MARKER).is_file() and (root / MARKER).read_text() == marker
+    return (root / MARKER).is_file() and (root / MARKER).read_text(encoding="utf-8") == marker
 
 
 def _write(folder: Path, drivers: int, images_per_driver: int, seed: int, workers: int | None) -> None:
@@ -117,7 +117,7 @@ def _write(folder: Path, drivers: int, images_per_driver: int, seed: int, worker
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    with (folder / "driver_imgs_list.csv").open("w", newline="") as file:
+    with (folder / "driver_imgs_list.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["subject", "classname", "img"])
         table.writerows(sorted(rows))

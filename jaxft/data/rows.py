@@ -19,7 +19,7 @@ BLOCK_BYTES = 64 * 2**20  # written, synced and entered into the manifest togeth
 SPARE_BYTES = 4 * 2**30  # of the disk, left to checkpoints and to others
 
 
-class Cache:
+class Rows:
     """What was computed of each of a set of images, an array of one shape, in one file; complete or in the making.
 
     `folder` holds `rows.bin`, rows in the order of `indices`, and `manifest.json`: the identity, and of every
@@ -104,7 +104,7 @@ class Cache:
         if not self.manifest.exists() or not self.file.exists():
             return []
         try:
-            return [(rows, crc) for rows, crc in json.loads(self.manifest.read_text())["blocks"]]
+            return [(rows, crc) for rows, crc in json.loads(self.manifest.read_text(encoding="utf-8"))["blocks"]]
         except (ValueError, KeyError, TypeError):
             print(f"{self.manifest} is damaged; all of it is computed again", flush=True)
             return []
@@ -143,7 +143,7 @@ class Cache:
                     advance(len(batch))
 
 
-def no_room(caches: Iterable[Cache]) -> str | None:
+def no_room(caches: Iterable[Rows]) -> str | None:
     """Why what is missing in caches of one kind will not fit on the disk, all together; None if it will."""
     first, *others = caches
     nearest = next(folder for folder in (first.folder, *first.folder.parents) if folder.exists())
