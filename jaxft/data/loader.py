@@ -13,7 +13,7 @@ import numpy as np
 from jaxft.data import decode
 from jaxft.data.dataset import Images
 from jaxft.data.inputs import Inputs
-from jaxft.data.rows import Rows, no_room
+from jaxft.data.rows import CacheError, Rows, no_room
 
 Batch = dict[str, np.ndarray]
 Batches = Generator[Batch, None, None]
@@ -144,7 +144,7 @@ def decode_once(inputs: Sequence[Inputs]) -> Rows | None:
 
     try:
         rows.fill(compute)
-    except OSError as error:
+    except CacheError as error:  # of the cache alone: an image that cannot be read ends the run
         print(f"images are decoded anew in every epoch: {error}; set JAXFT_CACHE to another folder", flush=True)
         return None
     print(f"decoded images come from {rows.folder} ({rows.bytes / 1e6:.0f} MB)", flush=True)

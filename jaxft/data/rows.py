@@ -7,6 +7,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -17,6 +18,18 @@ from jaxft.progress import bar
 
 BLOCK_BYTES = 64 * 2**20  # written, synced and entered into the manifest together: what a crash can cost
 SPARE_BYTES = 4 * 2**30  # of the disk, left to checkpoints and to others
+
+
+class CacheError(OSError):
+    """A cache's own file cannot be written or read; errors of what is computed pass as they are."""
+
+
+@contextmanager
+def _own() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CacheError(str(error)) from error
 
 
 class Rows:
@@ -69,15 +82,16 @@ class Rows:
             compute: image indices, int [m] → their rows in order, in batches of any length.
 
         Raises:
-            OSError: the disk is full or cannot be written to; finished blocks stay.
+            CacheError: the disk is full or cannot be written to; finished blocks stay.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with _own():
+            self.folder.mkdir(parents=True, exist_ok=True)
         with fetch.sole_writer(self.file):
             blocks = self._verified()
             done = sum(rows for rows, _ in blocks)
             if done < len(self.indices):
                 if reason := no_room([self]):
-                    raise OSError(reason)
+                    raise CacheError(reason)
                 self._write(blocks, done, compute(self.indices[done:]))
         self._array = np.memmap(self.file, self.dtype, "r", shape=(len(self.indices), *self.shape))
         self._array = to_device(self._array)
@@ -124,23 +138,25 @@ class Rows:
         return blocks
 
     def _write(self, blocks: list[tuple[int, int]], done: int, batches: Iterator[np.ndarray]) -> None:
-        with self.file.open("r+b" if self.file.exists() else "wb") as file:
-            file.truncate(done * self.row_bytes)
-            file.seek(0, os.SEEK_END)
+        with _own():
+            file = self.file.open("r+b" if self.file.exists() else "wb")
+        with file, bar(self.kind, len(self.indices), done) as advance:
+            with _own():
+                file.truncate(done * self.row_bytes)
+                file.seek(0, os.SEEK_END)
             rows, crc = 0, 0
-            with bar(self.kind, len(self.indices), done) as advance:
-                for batch in batches:
-                    block = np.ascontiguousarray(batch).view(np.uint8)
+            for batch in batches:
+                block = np.ascontiguousarray(batch).view(np.uint8)
+                rows, crc, done = rows + len(batch), zlib.crc32(block, crc), done + len(batch)
+                with _own():
                     file.write(block)
-                    rows, crc = rows + len(batch), zlib.crc32(block, crc)
-                    done += len(batch)
                     if rows * self.row_bytes >= BLOCK_BYTES or done == len(self.indices):
                         file.flush()
                         os.fsync(file.fileno())
                         blocks = [*blocks, (rows, crc)]
                         files.write_json(self.manifest, {"identity": self.identity, "blocks": blocks})
                         rows, crc = 0, 0
-                    advance(len(batch))
+                advance(len(batch))
 
 
 def no_room(caches: Iterable[Rows]) -> str | None:
