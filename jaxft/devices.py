@@ -53,7 +53,7 @@ def initialise(coordinator: str | None = None, processes: int | None = None, pro
     processes = _variable("JAX_NUM_PROCESSES") if processes is None else processes
     process = _variable("JAX_PROCESS_ID") if process is None else process
     options: dict[str, Any] = {"cluster_detection_method": "deactivate"}
-    if None in (coordinator, processes, process):
+    if processes != 1 and None in (coordinator, processes, process):
         coordinator, processes, process, found = _from_launcher(coordinator, processes, process)
         options |= found
     detected = options["cluster_detection_method"] != "deactivate"

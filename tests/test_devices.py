@@ -1,0 +1,299 @@
+"""One process here; two real ones, which meet on this machine, in a subprocess each."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxft import devices
+
+ROOT = pathlib.Path(__file__).parents[1]
+VARIABLES = ("JAX_", "SLURM_", "OMPI_", "PMIX_", "JOB_COMPLETION_INDEX", "KUBERNETES_")
+CLEAN = {name: value for name, value in os.environ.items() if not name.startswith(VARIABLES)}
+
+PROGRAM = """
+import json, os, sys
+import flax, jax, jax.numpy as jnp, numpy as np
+from jaxft import devices
+
+@flax.struct.dataclass
+class State:
+    step: jax.Array
+    params: dict
+    rng: jax.Array
+    name: str = flax.struct.field(pytree_node=False, default="net")
+
+devices.initialise(*json.loads(sys.argv[1]))
+devices.initialise()  # again: does nothing
+index, count = devices.process()
+mesh = devices.mesh()
+state = State(jnp.int32(3), {"w": jnp.arange(3, dtype=jnp.bfloat16), "b": np.float32(2)}, jax.random.key(5, impl="rbg"))
+state = devices.replicate(devices.replicate(state, mesh), mesh)
+assert state.name == "net" and state.params["w"].dtype == jnp.bfloat16
+
+@jax.jit
+def step(state, batch):
+    return jnp.mean(batch["image"] * state.params["b"]), batch["label"] * 2, jax.random.uniform(state.rng, (2,))
+
+rows = np.arange(4, dtype=np.int32) + 4 * index
+batch = devices.shard({"label": rows, "image": rows[:, None].repeat(2, 1).astype(np.uint8)}, mesh)
+mean, doubled, drawn = step(state, batch)
+several = devices.shard({"label": rows.reshape(2, 2)}, mesh, stacked=True)
+two_axes = devices.gather({"long": np.asarray([[2**40 + index, index]]), "real": np.asarray([True, index == 0])})
+refused = []
+for call in (lambda: devices.replicate(jnp.full(2, index), mesh), lambda: devices.shard({"label": rows[:3]}, mesh)):
+    try:
+        call()
+    except ValueError as error:
+        refused.append(str(error))
+devices.barrier("before the end")
+print("RESULT", json.dumps({
+    "process": [index, count], "mean": float(mean), "drawn": np.asarray(drawn).tolist(),
+    "doubled": devices.gather({"it": doubled})["it"].tolist(), "several": list(several["label"].shape),
+    "long": two_axes["long"].tolist(), "real": two_axes["real"].tolist(), "types": str(two_axes["long"].dtype),
+    "any": [devices.any_process(index == 1), devices.any_process(False), devices.any_process(True)],
+    "writer": devices.is_writer(), "key": str(jax.random.key_impl(state.rng)), "mesh": mesh.size, "refused": refused,
+    "device": devices.versions()["device"],
+}))
+"""
+
+
+def run_two(flags, environments, devices_each=1):
+    """What the program prints in each of two processes, given (coordinator, processes, process) and variables."""
+    options = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    options["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices_each}"
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, json.dumps(flag)],
+            env=CLEAN | options | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+        )
+        for flag, environment in zip(flags, environments, strict=True)
+    ]
+    try:
+        said = [process.communicate(timeout=120) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    for process, (_, errors) in zip(running, said, strict=True):
+        assert process.returncode == 0, errors
+    return [json.loads(out.split("RESULT ")[1]) for out, _ in said]
+
+
+@pytest.fixture
+def port():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+def test_two_processes_are_one_run(port):
+    """Bug: a typed key cannot be placed, rows of one process are lost or change places, or two write, or one stops."""
+    where = f"localhost:{port}"
+    first, second = run_two([(where, 2, 0), (where, 2, 1)], [{}, {}], devices_each=2)
+    assert (first.pop("process"), second.pop("process")) == ([0, 2], [1, 2])
+    assert (first.pop("writer"), second.pop("writer")) == (True, False)
+    assert first == second
+    assert first["mean"] == 7.0 and first["doubled"] == [0, 2, 4, 6, 8, 10, 12, 14]
+    assert first["drawn"] == np.asarray(jax.random.uniform(jax.random.key(5, impl="rbg"), (2,))).tolist()
+    assert first["several"] == [2, 4] and first["key"] == "rbg" and first["mesh"] == 4
+    assert first["long"] == [[2**40, 0], [2**40 + 1, 1]] and first["types"] == "int64"
+    assert first["real"] == [True, True, True, False]
+    assert first["any"] == [True, False, True]
+    assert "start from different values" in first["refused"][0] and "same weight file" in first["refused"][0]
+    assert "a batch of 6 does not divide over 4 devices; use a multiple of 4" in first["refused"][1]
+    assert first["device"].startswith("4 × ")
+
+
+@pytest.mark.parametrize("launcher", ["variables", "slurm", "open mpi 4", "open mpi 5", "kubernetes"])
+def test_launchers(port, launcher):
+    """Bug: what a launcher says of its processes is not heard: each trains alone and overwrites the other's files."""
+    address = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}"}
+    by_index = {
+        "variables": lambda k: address | {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(k)},
+        "slurm": lambda k: {
+            "SLURM_JOB_ID": "77",
+            "SLURM_STEP_NODELIST": "localhost",
+            "SLURM_NTASKS": "2",
+            "SLURM_PROCID": str(k),
+            "SLURM_LOCALID": str(k),
+            "JAX_COORDINATOR_PORT": str(port),
+        },
+        "open mpi 4": lambda k: {
+            "OMPI_MCA_orte_hnp_uri": f"1531576320.0;tcp://127.0.0.1:{port}",
+            "OMPI_COMM_WORLD_SIZE": "2",
+            "OMPI_COMM_WORLD_RANK": str(k),
+            "OMPI_COMM_WORLD_LOCAL_RANK": str(k),
+            "JAX_COORDINATOR_PORT": str(port),
+        },
+        "open mpi 5": lambda k: {
+            "OMPI_COMM_WORLD_SIZE": "2",
+            "OMPI_COMM_WORLD_RANK": str(k),
+            "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+            "OMPI_COMM_WORLD_LOCAL_RANK": str(k),
+            "JAX_COORDINATOR_PORT": str(port),
+        },
+        "kubernetes": lambda k: address | {"JAX_NUM_PROCESSES": "2", "JOB_COMPLETION_INDEX": str(k)},
+    }[launcher]
+    first, second = run_two([(), ()], [by_index(0), by_index(1)])
+    assert (first["process"], second["process"]) == ([0, 2], [1, 2])
+    assert first["doubled"] == second["doubled"] == [0, 2, 4, 6, 8, 10, 12, 14]
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Arguments with which JAX would have been asked to join others; no variables of a launcher."""
+    for name in list(os.environ):
+        if name.startswith(VARIABLES) and name not in ("JAX_ENABLE_COMPILATION_CACHE", "JAX_PLATFORMS"):
+            monkeypatch.delenv(name)
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **options: calls.append((args, options)))
+    return calls
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4"},  # an interactive shell of an allocation, not one of its tasks
+        dict.fromkeys(("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID"), "0")
+        | {"SLURM_NTASKS": "1"},
+        {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0", "OMPI_MCA_orte_hnp_uri": "0.0;tcp://10.0.0.1:1"},
+        {"KUBERNETES_SERVICE_HOST": "10.0.0.1"},
+        {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "3"},
+        {"JAX_NUM_PROCESSES": "1"},
+        {"JAX_NUM_PROCESSES": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"},
+    ],
+)
+def test_one_process_stays_alone(asked, monkeypatch, variables):
+    """Bug: a run of one process waits five minutes for others that never come."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    devices.initialise()
+    assert asked == []
+
+
+def test_flags_win_over_the_launcher(asked, monkeypatch):
+    """Bug: a user's own flags are mixed with, or overruled by, what Slurm says."""
+    for name in ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID", "SLURM_LOCALID"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    devices.initialise("host:1234", 2, 1)
+    devices.initialise(processes=1)
+    devices.initialise(processes=4)
+    assert asked == [
+        (("host:1234", 2, 1), {"cluster_detection_method": "deactivate"}),
+        ((None, 4, 1), {"cluster_detection_method": "slurm"}),
+    ]
+
+
+def test_kubernetes_tells_jax_where_its_package_is_installed(asked, monkeypatch):
+    """Bug: an indexed Job is not joined although JAX could read its size, or one of a known size is asked for it."""
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "1")
+    devices.initialise("host:1", 2)
+    monkeypatch.setattr(devices.importlib.util, "find_spec", lambda name: name)
+    devices.initialise()
+    assert asked == [
+        (("host:1", 2, 1), {"cluster_detection_method": "deactivate"}),
+        ((None, None, 1), {"cluster_detection_method": None}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "variables", "message"),
+    [
+        (("host:1", None, None), {}, "not how many there are"),
+        ((None, None, 1), {}, "not how many there are"),
+        ((None, 2, 0), {}, "2 processes need a coordinator"),
+        (("host:1", 2, None), {}, "one of 2 processes does not know its index"),
+        (("host:1", 2, 2), {}, "index of a process among 2 is 0 to 1, not 2"),
+        (("host:1", 2, -1), {}, "0 to 1, not -1"),
+        (("host:1", 0, 0), {}, "at least one process, not 0"),
+        ((None, 1, 1), {}, "0 to 0, not 1"),
+        (("host", 2, 0), {}, "HOST:PORT, not 'host'"),
+        (
+            (None, None, None),
+            {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"},
+            "2 processes need a coordinator",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(asked, monkeypatch, flags, variables, message):
+    """Bug: a wrong flag ends in a traceback of JAX or a wait of five minutes, and nothing says what to give."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message) as caught:
+        devices.initialise(*flags)
+    assert "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID" in str(caught.value)
+    assert asked == []
+
+
+def test_variable_that_is_no_number(asked, monkeypatch):
+    """Bug: "invalid literal for int()" without the name of the variable."""
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
+    with pytest.raises(ValueError, match="JAX_NUM_PROCESSES must be a whole number, not 'two'"):
+        devices.initialise()
+
+
+def test_one_process():
+    """Bug: a run of one process pays for talks with others, or a key loses its kind."""
+
+    @flax.struct.dataclass
+    class State:
+        step: jax.Array
+        rng: jax.Array
+
+    mesh = devices.mesh()
+    state = devices.replicate(State(jnp.zeros(()), jax.random.key(3)), mesh)
+    assert state.rng.dtype == jax.random.key(3).dtype and state.step.is_fully_replicated
+    assert devices.process() == (0, 1) and devices.is_writer()
+    assert devices.any_process(True) is True and devices.any_process(False) is False
+    devices.barrier("alone")
+    batch = devices.shard({"label": np.arange(6).reshape(3, 2)}, mesh, stacked=True)
+    assert batch["label"].shape == (3, 2)
+    found = devices.gather({"label": batch["label"], "own": np.asarray([2**40])})
+    assert all(type(column) is np.ndarray for column in found.values())
+    assert found["own"].tolist() == [2**40] and found["label"].tolist() == [[0, 1], [2, 3], [4, 5]]
+
+
+def test_peak_memory(monkeypatch):
+    """Bug: KiB taken for bytes, or an error on Windows, where nobody counts."""
+    held = np.ones(50_000_000, np.uint8)
+    assert len(held) / 1e6 < devices.peak_memory_mb() < 100_000
+    monkeypatch.setattr(devices, "resource", None)
+    assert devices.peak_memory_mb() is None
+
+
+WITHOUT_POSIX = """
+import importlib, pkgutil, sys
+sys.modules["resource"] = None
+sys.modules["fcntl"] = None
+import jaxft
+names = [found.name for found in pkgutil.walk_packages(jaxft.__path__, "jaxft.") if not found.name.endswith("__main__")]
+for name in names:
+    importlib.import_module(name)
+assert len(names) > 15, names
+print(sys.modules["jaxft.devices"].peak_memory_mb())
+"""
+
+
+def test_every_module_imports_where_posix_modules_are_missing():
+    """Bug: `import resource` or `import fcntl` at the top of a module keeps Windows out."""
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_POSIX],
+        env=CLEAN | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        encoding="utf-8",
+    )
+    assert done.returncode == 0 and done.stdout == "None\n", done.stderr
