@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import simplejpeg
 
-from jaxft.data import cabin, standin
+from experiments import standin
+from experiments.standin import cabin
 
 
 def files(root):

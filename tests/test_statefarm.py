@@ -28,12 +28,12 @@ def jpeg(i: int) -> bytes:
 
 
 def write_csv(root: Path, rows, header=("subject", "classname", "img")) -> None:
-    with open(root / CSV, "w", newline="") as file:
+    with open(root / CSV, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([header, *rows])
 
 
 def read_rows(root: Path) -> list[list[str]]:
-    with open(root / CSV, newline="") as file:
+    with open(root / CSV, newline="", encoding="utf-8") as file:
         return list(csv.reader(file))[1:]
 
 
@@ -397,9 +397,8 @@ def test_a_read_only_cache_is_named(folder, tmp_path):
 
 def test_several_shards_keep_the_order(tmp_path, monkeypatch):
     """Fails when records of several files are read in another order than they were written."""
-    from jaxft.data import statefarm_builder
 
-    monkeypatch.setattr(statefarm_builder, "_SHARD", 7)
+    monkeypatch.setattr(statefarm, "_SHARD", 7)
     root = make(tmp_path / "data")
     assert_is(statefarm.prepare(root, tmp_path / "cache"), root)
     assert len(list((tmp_path / "cache").rglob("*train.array_record*"))) == 3

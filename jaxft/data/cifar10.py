@@ -4,20 +4,16 @@ Source: Krizhevsky, Learning multiple layers of features from tiny images, 2009;
 the author's page.
 """
 
-import contextlib
 import io
 import os
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
-from etils import epath
 from PIL import Image
 
 from jaxft import fetch
@@ -29,47 +25,6 @@ CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 FILES = {"train": tuple(f"data_batch_{n}.bin" for n in range(1, 6)), "test": ("test_batch.bin",)}
 SIDE = 32
 _RECORD = 1 + 3 * SIDE * SIDE  # bytes: the label, then the red, green and blue plane
-
-
-class Cifar10(tfds.core.ShardBasedBuilder):
-    """The images of the binary version in its order; that of tensorflow-datasets' own builder needs TensorFlow."""
-
-    VERSION = tfds.core.Version("3.0.2")
-    RELEASE_NOTES = {"3.0.2": "The features of tensorflow-datasets' builder of that version."}
-    MANUAL_DOWNLOAD_INSTRUCTIONS = f"The file {URL}"
-
-    # Where tensorflow-datasets would find this out, it imports importlib_resources, which nothing installs.
-    code_path = epath.Path(__file__)
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        return _Info(
-            builder=self,
-            features=tfds.features.FeaturesDict(
-                {
-                    "id": tfds.features.Text(),
-                    "image": tfds.features.Image(shape=(SIDE, SIDE, 3), encoding_format="png"),
-                    "label": tfds.features.ClassLabel(names=list(CLASSES)),
-                }
-            ),
-            supervised_keys=("image", "label"),
-            disable_shuffling=True,
-            homepage="https://www.cs.toronto.edu/~kriz/cifar.html",
-            metadata=tfds.core.MetadataDict(),
-        )
-
-    def _shard_iterators_per_split(self, dl_manager: tfds.download.DownloadManager) -> dict[str, list[Any]]:
-        archive = Path(dl_manager.manual_dir) / URL.rpartition("/")[2]
-        labels: dict[str, list[int]] = {split: [] for split in FILES}
-        metadata: Any = self.info.metadata
-        metadata.update(labels)  # written to a file when all records are
-        return {split: [partial(_examples, archive, split, labels[split])] for split in FILES}
-
-
-class _Info(tfds.core.DatasetInfo):
-    """Looks for no statistics in TFDS's bucket."""
-
-    def initialize_from_bucket(self) -> None:
-        pass
 
 
 def _examples(archive: Path, split: str, labels: list[int]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -108,21 +63,6 @@ def read(archive: Path, names: Sequence[str]) -> Iterator[tuple[int, np.ndarray]
             yield int(record[0]), record[1:].reshape(3, SIDE, SIDE).transpose(1, 2, 0)
 
 
-@dataclass(frozen=True)
-class _Images:
-    """The PNG bytes of the images of both splits, training first."""
-
-    train: Any
-    test: Any
-
-    def __len__(self) -> int:
-        return len(self.train) + len(self.test)
-
-    def __getitem__(self, index: int, /) -> bytes:
-        first = len(self.train)
-        return self.train[index]["image"] if index < first else self.test[index - first]["image"]
-
-
 def prepare(cache: str | os.PathLike[str] | None = None) -> tuple[Dataset, int]:
     """Fetches the archive (170 MB) and builds the records unless they are cached.
 
@@ -130,7 +70,7 @@ def prepare(cache: str | os.PathLike[str] | None = None) -> tuple[Dataset, int]:
         cache: folder of fetched files, as in `fetch.cache_folder`.
 
     Returns:
-        (the training images and behind them the test images, the number of the first). Each image is its own group.
+        (the training images and after them the test images, the number of the first). Each image is its own group.
 
     Raises:
         fetch.Unavailable: the archive cannot be fetched, or is not the one that was published.
@@ -138,24 +78,31 @@ def prepare(cache: str | os.PathLike[str] | None = None) -> tuple[Dataset, int]:
     """
     folder = fetch.cache_folder(cache)
     archive = fetch.from_url(URL, f"md5:{MD5}", cache=folder)
-    builder: Any = Cifar10(data_dir=folder / "tfds", file_format=tfds.core.FileFormat.ARRAY_RECORD)
-    if not builder.data_path.exists():  # it appears, whole, by renaming
-        config = tfds.download.DownloadConfig(
-            manual_dir=archive.parent, try_download_gcs=False, compute_stats=tfds.download.ComputeStatsMode.SKIP
-        )
-        # tensorflow-datasets announces itself on stdout, with sizes that it does not know.
-        with contextlib.redirect_stdout(io.StringIO()):
-            builder.download_and_prepare(download_config=config)
-    skip = {"image": tfds.decode.SkipDecoding()}
-    sources = {split: builder.as_data_source(split, decoders=skip) for split in FILES}
-    labels = [label for split in FILES for label in builder.info.metadata[split]]
-    names = [f"{split}_{number:05d}" for split, source in sources.items() for number in range(len(source))]
+    from jaxft.data import tfds_records  # tensorflow-datasets takes half a second to import
+
+    labels: dict[str, list[int]] = {split: [] for split in FILES}
+    records = tfds_records.Records(
+        name="cifar10",
+        version="3.0.2",
+        release_notes="The features of tensorflow-datasets' builder of that version, which itself needs TensorFlow.",
+        description="60,000 photographs of 32×32 pixels in ten classes, in the order of the binary version.",
+        homepage="https://www.cs.toronto.edu/~kriz/cifar.html",
+        citation="Krizhevsky, Learning multiple layers of features from tiny images, 2009",
+        image=((SIDE, SIDE, 3), "png"),
+        classes=CLASSES,
+        texts=("id",),
+        columns=labels,
+        shards={split: [partial(_examples, archive, split, labels[split])] for split in FILES},
+        total=60_000,
+    )
+    images, kept = tfds_records.open_or_build(records, folder / "tfds", tuple(FILES))
+    names = tuple(f"{split}_{number:05d}" for split in FILES for number in range(len(kept[split])))
     dataset = Dataset(
         name="CIFAR-10",
-        images=_Images(sources["train"], sources["test"]),
-        labels=np.asarray(labels, np.int32),
-        groups=tuple(names),
-        names=tuple(names),
+        images=images,
+        labels=np.asarray([label for split in FILES for label in kept[split]], np.int32),
+        groups=names,
+        names=names,
         classes=CLASSES,
     )
-    return dataset, len(sources["train"])
+    return dataset, len(kept["train"])

@@ -126,7 +126,7 @@ class Dataset:
         if isinstance(image, bytes):
             return hashlib.sha256(image).digest()
         digest = hashlib.sha256(f"{image.dtype} {list(image.shape)}\n".encode())
-        digest.update(np.ascontiguousarray(image))
+        digest.update(np.ascontiguousarray(image).tobytes())
         return digest.digest()
 
 

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -41,7 +42,7 @@ def rgb(image: bytes | np.ndarray, size: tuple[int, int], name: str, *, scaled: 
         with _open(image, name) as opened:
             return _resize(opened.convert("RGB"), size)
     try:
-        least = {"min_height": size[0], "min_width": size[1]} if scaled else {}
+        least: Any = {"min_height": size[0], "min_width": size[1]} if scaled else {}
         pixels = simplejpeg.decode_jpeg(image, "RGB", **least)
     except ValueError as err:
         raise ValueError(f"image {name} is a corrupt JPEG ({err}); replace or remove it") from err

@@ -7,7 +7,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from jaxft import fetch, files
 from jaxft.progress import bar
 
 BLOCK_BYTES = 64 * 2**20  # written, synced and entered into the manifest together: what a crash can cost
-SPARE_BYTES = 4 * 2**30  # of the disk, left to checkpoints and to others
+SPARE_BYTES = 4 * 2**30  # left on the disk for checkpoints and for others
 
 
 class CacheError(OSError):
@@ -33,11 +33,11 @@ def _own() -> Iterator[None]:
 
 
 class Rows:
-    """What was computed of each of a set of images, an array of one shape, in one file; complete or in the making.
+    """An array of one shape for each of a set of images, in one file that is complete or in the making.
 
-    `folder` holds `rows.bin`, rows in the order of `indices`, and `manifest.json`: the identity, and of every
-    block of rows the length and CRC-32. A block counts once it is synced and in the manifest, so that a run which dies
-    loses at most one; the next one verifies what is there and goes on behind it.
+    `folder` holds `rows.bin`, rows in the order of `indices`, and `manifest.json`: the identity, and the length and
+    CRC-32 of every block of rows. A block counts once it is synced and in the manifest. A run that dies loses at most
+    one block; the next run verifies what is there and continues after it.
     """
 
     def __init__(
@@ -51,9 +51,9 @@ class Rows:
     ):
         """
         Args:
-            kind: what the rows are, "features" or "pixels"; their folder in the cache folder.
-            name: of the file's own folder, before a digest of all that follows.
-            identity: what the rows depend on, as JSON values: two caches of one identity hold the same bits.
+            kind: what the rows are, "features" or "pixels"; names their folder in the cache folder.
+            name: begins the name of the file's own folder; a digest of all other arguments ends it.
+            identity: what the rows depend on, as JSON values. Two caches of one identity hold the same bits.
             indices: images of a dataset, int [n].
             shape, dtype: of each row.
         """
@@ -66,7 +66,7 @@ class Rows:
         self.file, self.manifest = self.folder / "rows.bin", self.folder / "manifest.json"
         self.row_bytes = math.prod(shape) * self.dtype.itemsize
         self.bytes = len(self.indices) * self.row_bytes
-        self._row = np.full(self.indices.max() + 2, len(self.indices))  # the last for padding, and absent ones
+        self._row = np.full(self.indices.max() + 2, len(self.indices))  # absent images, and the last for padding
         self._row[self.indices] = np.arange(len(self.indices))
         self._row[-1] = 0
         self._array: Any = None
@@ -84,29 +84,35 @@ class Rows:
         Raises:
             CacheError: the disk is full or cannot be written to; finished blocks stay.
         """
-        with _own():
-            self.folder.mkdir(parents=True, exist_ok=True)
-        with fetch.sole_writer(self.file):
-            blocks = self._verified()
+        with ExitStack() as alone:
+            with _own():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                alone.enter_context(fetch.sole_writer(self.file))
+                blocks = self._verified()
             done = sum(rows for rows, _ in blocks)
             if done < len(self.indices):
                 if reason := no_room([self]):
                     raise CacheError(reason)
                 self._write(blocks, done, compute(self.indices[done:]))
-        self._array = np.memmap(self.file, self.dtype, "r", shape=(len(self.indices), *self.shape))
-        self._array = to_device(self._array)
+        with _own():
+            rows = np.memmap(self.file, self.dtype, "r", shape=(len(self.indices), *self.shape))
+        self._array = to_device(rows)
 
-    def take(self, indices: np.ndarray) -> Any:
-        """The rows of the images `indices`, int [...]: [..., *shape], on the device if the cache is held there.
+    def take(self, indices: np.ndarray | int) -> Any:
+        """The rows of some images, on the device if the cache is held there.
 
-        Padding rows, index -1, get those of some image.
+        Args:
+            indices: of images, int [...]; -1, that of a padding row, gets the row of some image.
+
+        Returns:
+            [..., *shape].
 
         Raises:
-            IndexError: an image is none of the cache's.
+            IndexError: the cache does not hold one of the images.
         """
         rows = self._row[indices]
         if np.max(rows) >= len(self.indices):
-            raise IndexError(f"the {self.kind} in {self.folder} are not of all the images asked for")
+            raise IndexError(f"{self.folder} does not hold the {self.kind} of all the images asked for")
         return self._array[rows]
 
     def on_device(self) -> bool:
@@ -114,7 +120,7 @@ class Rows:
         return isinstance(self._array, jax.Array)
 
     def _blocks(self) -> list[tuple[int, int]]:
-        """(rows, CRC-32) of every block in the manifest."""
+        """(rows, CRC-32) for every block in the manifest."""
         if not self.manifest.exists() or not self.file.exists():
             return []
         try:
@@ -124,7 +130,7 @@ class Rows:
             return []
 
     def _verified(self) -> list[tuple[int, int]]:
-        """The leading blocks of the file that are what the manifest says."""
+        """The first blocks of the file, as far as they are what the manifest says."""
         blocks = self._blocks()
         if not blocks:
             return []
@@ -146,7 +152,7 @@ class Rows:
                 file.seek(0, os.SEEK_END)
             rows, crc = 0, 0
             for batch in batches:
-                block = np.ascontiguousarray(batch).view(np.uint8)
+                block = np.ascontiguousarray(batch).view(np.uint8).data
                 rows, crc, done = rows + len(batch), zlib.crc32(block, crc), done + len(batch)
                 with _own():
                     file.write(block)
@@ -160,7 +166,7 @@ class Rows:
 
 
 def no_room(caches: Iterable[Rows]) -> str | None:
-    """Why what is missing in caches of one kind will not fit on the disk, all together; None if it will."""
+    """Why the rows that caches of one kind lack will not fit on the disk together; None if they will."""
     first, *others = caches
     nearest = next(folder for folder in (first.folder, *first.folder.parents) if folder.exists())
     need = sum(cache.missing() * cache.row_bytes for cache in (first, *others))
@@ -174,7 +180,7 @@ def no_room(caches: Iterable[Rows]) -> str | None:
 
 
 def to_device(array: np.ndarray) -> Any:
-    """The array on the one device of the run if half of its free memory holds it; else, and on a CPU, as it is."""
+    """The array on the device, if there is one whose free memory is twice as large; on a CPU, and else, as it is."""
     stats = jax.devices()[0].memory_stats() or {}
     if jax.device_count() > 1 or "bytes_limit" not in stats:
         return array

@@ -1,247 +1,95 @@
-"""State Farm distracted driver detection: Kaggle's files, checked, built once, read at random."""
+"""State Farm distracted driver detection: photographs of drivers at ten occupations, built once, read at random.
 
-import csv
-import hashlib
-import io
-import itertools
+Source: the Kaggle competition of 2016.
+"""
+
+import functools
 import os
-import zipfile
-import zlib
-from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
-from jaxft.data import Dataset
+import numpy as np
 
-URL = "https://www.kaggle.com/competitions/state-farm-distracted-driver-detection/data"
-CLASSES = {
-    "c0": "safe driving",
-    "c1": "texting right",
-    "c2": "phone right",
-    "c3": "texting left",
-    "c4": "phone left",
-    "c5": "operating the radio",
-    "c6": "drinking",
-    "c7": "reaching behind",
-    "c8": "hair and makeup",
-    "c9": "talking to passenger",
-}
-"""Kaggle's class → what it shows; a label is the number in Kaggle's name."""
+from jaxft.data import decode
+from jaxft.data.dataset import Dataset
+from jaxft.data.statefarm_files import CLASSES, LAYOUT, URL, Example, Layout, open_layout
 
-LAYOUT = f"""\
-Expected, as Kaggle serves them ({URL}), either unpacked or not:
-  imgs/train/c0 … c9/*.jpg, imgs/test/*.jpg (test may be absent)   or imgs.zip
-  driver_imgs_list.csv                                             or driver_imgs_list.csv.zip
-or one state-farm-distracted-driver-detection.zip that holds both."""
-
-_CSV = "driver_imgs_list.csv"
-_ZIP = "state-farm-distracted-driver-detection.zip"
-_HEADER = ["subject", "classname", "img"]
-_MAX_FILE = 64 * 2**20  # bytes of one member; Kaggle's images have about 45 kB
+_SHARD = 512  # examples; tensorflow-datasets holds those of one shard in memory, here about 25 MB
 
 
-@dataclass(frozen=True)
-class Example:
-    """One image of the set: where its bytes are and what the csv says of it (class "" and driver "" in test)."""
+def prepare(data_dir: str | os.PathLike[str], cache_dir: str | os.PathLike[str], *, split: str = "train") -> Dataset:
+    """Checks Kaggle's data, builds TFDS records of them under `cache_dir` unless that was done, and opens a split.
 
-    path: str  # within the data, "imgs/train/c0/img_1.jpg"
-    classname: str
-    driver: str
-
-    @property
-    def filename(self) -> str:
-        return self.path.rpartition("/")[2]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Kaggle's data, checked: its examples, in the order in which they are built, and how to read one.
-
-    Attributes:
-        splits: "train" in the order of the csv and, where there is one, "test" in the order of the names.
-        read: an example's path → the bytes of its file; not for several threads at once.
-        key: SHA-256 of the csv and of every file's name, size and time of change (in a zip: its checksum).
-    """
-
-    splits: dict[str, tuple[Example, ...]]
-    read: Callable[[str], bytes]
-    key: str
-
-
-def prepare(data_dir: Path, cache_dir: Path, *, split: str = "train") -> Dataset:
-    """Check Kaggle's data, build the TFDS dataset of it under `cache_dir` unless that was done, and open a split.
-
-    Changed data are another build, in another folder; a build that fails leaves nothing that could be taken for one.
+    Changed data are another build, in another folder. A build that fails leaves nothing that could be taken for one.
 
     Args:
-        data_dir: the folder that holds what `LAYOUT` says.
+        data_dir: the folder that holds what `statefarm_files.LAYOUT` says.
         cache_dir: takes about as many bytes as the images.
-        split: "train", or "test": labels -1, driver "".
+        split: "train", in the order of the csv, or "test", in the order of the names: labels -1, driver "".
 
     Returns:
-        images as the bytes of Kaggle's files, unchanged; groups are drivers, names are file names; the fingerprint is
-        of this split's contents alone, the same from a folder and from a zip.
+        images as the bytes of Kaggle's files, unchanged; groups are drivers, names are file names.
 
     Raises:
         FileNotFoundError: the folder, the csv or the images are absent, or files of the build are.
         ValueError: csv and images do not agree, a class is empty or unknown, a file is no JPEG, the split is absent.
     """
-    layout = open_layout(Path(data_dir))
+    data_dir, cache_dir = Path(data_dir).expanduser(), Path(cache_dir).expanduser()
+    layout = open_layout(data_dir)
     if split not in layout.splits:
         raise ValueError(f"{data_dir} holds no split {split!r}, only {', '.join(layout.splits)}\n{LAYOUT}")
-    from jaxft.data import statefarm_builder  # tensorflow-datasets takes half a second to import
+    from jaxft.data import tfds_records  # tensorflow-datasets takes half a second to import
 
-    return statefarm_builder.build(layout, Path(data_dir), Path(cache_dir), split)
-
-
-def open_layout(data_dir: Path) -> Layout:
-    """Find and check Kaggle's files; zips are read in place, and stay open as long as the layout lives.
-
-    Raises:
-        FileNotFoundError, ValueError: as `prepare`, except that no image is opened.
-    """
-    files = _find(data_dir)
-    data = files[_CSV].read()
-    rows = _parse_csv(data)
-    folders: dict[str, list[str]] = {}
-    test: list[str] = []
-    for path in files:
-        if "/." in path.removesuffix("/."):  # .ipynb_checkpoints, ._img_1.jpg
-            continue
-        match path.split("/"):
-            case "imgs", "train", classname, name:
-                folder = folders.setdefault(classname, [])
-                if _is_image(name):
-                    folder.append(path)
-            case "imgs", "test", name if _is_image(name):
-                test.append(path)
-    _check(rows, folders, data_dir)
-    splits = {"train": tuple(Example(f"imgs/train/{c}/{img}", c, subject) for subject, c, img in rows)}
-    if test:
-        splits["test"] = tuple(Example(path, "", "") for path in sorted(test))
-    digest = hashlib.sha256(data)
-    for example in itertools.chain.from_iterable(splits.values()):
-        digest.update(f"\0{example.path}\0{files[example.path].state}".encode())
-    return Layout(splits, lambda path: files[path].read(), digest.hexdigest())
-
-
-@dataclass(frozen=True)
-class _File:
-    state: str  # differs when the contents do
-    read: Callable[[], bytes]
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith((".jpg", ".jpeg", ".png"))
+    columns: dict[str, dict[str, Any]] = {
+        name: {"labels": [], "drivers": [], "filenames": []} for name in layout.splits
+    }
+    records = tfds_records.Records(
+        name="state_farm_distracted_driver",
+        version="1.0.0",
+        release_notes="The files of the competition of 2016.",
+        description="Dashboard photographs of drivers, 640×480, in ten classes, each with its driver's name.",
+        homepage=URL,
+        citation=(
+            "@misc{statefarm2016, title={State Farm Distracted Driver Detection}, "
+            "author={Anna Montoya and Dan Holman and SF\\_data\\_science and Taylor Smith and Wendy Kan}, "
+            f"year={{2016}}, publisher={{Kaggle}}, url={{{URL}}}}}"
+        ),
+        image=((None, None, 3), "jpeg"),
+        classes=tuple(CLASSES),
+        texts=("driver", "filename"),
+        columns=columns,
+        shards={
+            name: [
+                functools.partial(_shard, layout, examples[first : first + _SHARD], columns[name])
+                for first in range(0, len(examples), _SHARD)
+            ]
+            for name, examples in layout.splits.items()
+        },
+        total=sum(map(len, layout.splits.values())),
+    )
+    # The folder's name is of the data's state, so that changed data are not taken for the built ones.
+    images, kept = tfds_records.open_or_build(records, cache_dir / "statefarm" / layout.key[:16], (split,))
+    return Dataset(
+        name=f"State Farm, {split}",
+        images=images,
+        labels=np.asarray(kept[split]["labels"], np.int32),
+        groups=tuple(kept[split]["drivers"]),
+        names=tuple(kept[split]["filenames"]),
+        classes=tuple(CLASSES.values()),
+    )
 
 
-def _find(data_dir: Path) -> dict[str, _File]:
-    """The csv and everything in imgs/, by path; a folder is there as "imgs/train/c0/."."""
-    if not data_dir.is_dir():
-        what = "is a file, not the folder that holds it" if data_dir.exists() else "does not exist"
-        raise FileNotFoundError(f"the data folder {data_dir} {what}\n{LAYOUT}")
-    files: dict[str, _File] = {}
-    if (data_dir / _ZIP).is_file():
-        files |= _zip_members(data_dir / _ZIP)
-    if (data_dir / f"{_CSV}.zip").is_file():
-        files |= _zip_members(data_dir / f"{_CSV}.zip")
-    if (data_dir / _CSV).is_file():
-        files[_CSV] = _on_disk(str(data_dir / _CSV), (data_dir / _CSV).stat())
-    # Unpacked images go before packed ones, never both.
-    unpacked, packed = data_dir / "imgs", data_dir / "imgs.zip"
-    if unpacked.is_dir() or packed.is_file():
-        files = {path: file for path, file in files.items() if path == _CSV}
-    if unpacked.is_dir():
-        for folder in [*unpacked.glob("train/*/"), unpacked / "test"]:
-            if folder.is_dir():
-                name = folder.relative_to(data_dir).as_posix()
-                files[f"{name}/."] = _File("", bytes)
-                with os.scandir(folder) as entries:
-                    files |= {f"{name}/{e.name}": _on_disk(e.path, e.stat()) for e in entries if _is_image(e.name)}
-    elif packed.is_file():
-        for path, file in _zip_members(packed).items():  # Kaggle's own holds train/ and test/
-            files[path if path.startswith("imgs/") else f"imgs/{path}"] = file
-    for wanted in (_CSV, "imgs/train/"):
-        if not any(path.startswith(wanted) for path in files):
-            found = ", ".join(sorted(path.name for path in data_dir.iterdir())[:8]) or "nothing"
-            raise FileNotFoundError(f"{data_dir} holds no {wanted} (found: {found})\n{LAYOUT}")
-    return files
-
-
-def _on_disk(path: str, info: os.stat_result) -> _File:
-    return _File(f"{info.st_size} {info.st_mtime_ns}", lambda: Path(path).read_bytes())
-
-
-def _zip_members(path: Path) -> dict[str, _File]:
-    try:
-        archive = zipfile.ZipFile(path)
-    except zipfile.BadZipFile as err:
-        raise ValueError(f"{path} is not a whole zip file ({err}); download it again from {URL}") from err
-
-    def reader(info: zipfile.ZipInfo) -> Callable[[], bytes]:
-        def read() -> bytes:
-            try:
-                return archive.read(info)
-            # RuntimeError: encrypted; NotImplementedError, its subclass: an unknown compression.
-            except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as err:
-                raise ValueError(f"{info.filename} in {path} cannot be read ({err}); download it again") from err
-
-        return read
-
-    files: dict[str, _File] = {}
-    for info in archive.infolist():
-        name = PurePosixPath(info.filename)
-        if name.is_absolute() or ".." in name.parts or "\\" in info.filename or ":" in info.filename:
-            raise ValueError(f"{path} has a member {info.filename!r} that points outside; it is not Kaggle's zip")
-        if info.filename.startswith("__MACOSX/"):
-            continue
-        if info.file_size > _MAX_FILE:
-            raise ValueError(f"{info.filename} in {path} unpacks to {info.file_size:,} bytes; at most {_MAX_FILE:,}")
-        key = f"{name.as_posix()}/." if info.is_dir() else name.as_posix()
-        if key in files:
-            raise ValueError(f"{path} holds {info.filename!r} twice")
-        files[key] = _File(f"{info.file_size} {info.CRC:08x}", reader(info))
-    return files
-
-
-def _parse_csv(data: bytes) -> list[tuple[str, str, str]]:
-    try:
-        lines = list(csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True))
-    except (UnicodeDecodeError, csv.Error) as err:
-        raise ValueError(f"{_CSV} is not a csv file ({err})") from err
-    header = lines[0] if lines else []
-    if header != _HEADER:
-        raise ValueError(f"{_CSV} begins with {','.join(header)!r}, expected {','.join(_HEADER)!r}")
-    rows = []
-    for number, line in enumerate(lines[1:], 2):
-        if not line:
-            continue
-        if len(line) != 3 or not all(line):
-            raise ValueError(f"{_CSV}, line {number}: expected {','.join(_HEADER)}, found {','.join(line)!r}")
-        subject, classname, img = line
-        if classname not in CLASSES:
-            raise ValueError(f"{_CSV}, line {number}: unknown class {classname!r}, expected {', '.join(CLASSES)}")
-        rows.append((subject, classname, img))
-    return rows
-
-
-def _check(rows: list[tuple[str, str, str]], folders: dict[str, list[str]], data_dir: Path) -> None:
-    def fail(what: str, names: Iterable[str], remedy: str) -> None:
-        if found := sorted(names):
-            more = f" and {len(found) - 5} more" if len(found) > 5 else ""
-            raise ValueError(f"{data_dir}: {what}: {', '.join(found[:5])}{more}; {remedy}")
-
-    classes = {f"imgs/train/{name}" for name in CLASSES}
-    again = "restore it from Kaggle's files"
-    fail("unknown class folder", {f"imgs/train/{f}" for f in folders} - classes, f"expected {', '.join(CLASSES)}")
-    fail("missing class folder", classes - {f"imgs/train/{f}" for f in folders}, again)
-    fail("empty class folder", (f"imgs/train/{f}" for f, paths in folders.items() if not paths), again)
-    twice = [img for img, n in Counter(img for _, _, img in rows).items() if n > 1]
-    fail(f"{_CSV} names an image more than once", twice, "each image has one driver and one class")
-    on_disk = [path for paths in folders.values() for path in paths]
-    double = [name for name, n in Counter(path.rpartition("/")[2] for path in on_disk).items() if n > 1]
-    fail("image in more than one class folder", double, "keep the one that the csv names")
-    named = {f"imgs/train/{classname}/{img}" for _, classname, img in rows}
-    fail(f"{_CSV} names a missing image", named - set(on_disk), again)
-    fail(f"image that {_CSV} does not name", set(on_disk) - named, "its driver is unknown: remove it or add its row")
+def _shard(
+    layout: Layout, examples: tuple[Example, ...], columns: dict[str, Any]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(key, features) of some examples, which are entered into `columns` as well."""
+    for example in examples:
+        image = layout.read(example.path)
+        decode.jpeg_size(image, example.path)
+        label = list(CLASSES).index(example.classname) if example.classname else -1
+        columns["labels"].append(label)
+        columns["drivers"].append(example.driver)
+        columns["filenames"].append(example.filename)
+        features = {"image": image, "label": label, "driver": example.driver, "filename": example.filename}
+        yield example.path, features
