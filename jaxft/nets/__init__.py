@@ -1,7 +1,10 @@
 """The zoo: every backbone by name."""
 
+import dataclasses
 import difflib
+import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -10,9 +13,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft.nets import densenet, googlenet, inception, resnet, vgg
-from jaxft.nets.common import Spec, WeightFile
+from jaxft.nets.common import Net, Spec, WeightFile, dtype_name
 
-__all__ = ["ZOO", "Spec", "WeightFile", "any_size", "create", "init", "spec"]
+__all__ = [
+    "ZOO",
+    "Net",
+    "Spec",
+    "WeightFile",
+    "any_size",
+    "create",
+    "fields",
+    "from_options",
+    "head_options",
+    "init",
+    "options",
+    "spec",
+]
 
 # Parameters, GMAC and, of the published files, the md5 with classifier and without.
 ZOO: dict[str, Spec] = {
@@ -80,28 +96,114 @@ def spec(name: str) -> Spec:
     return ZOO[name]
 
 
-def create(name: str, num_classes: int | None = 1000, **options: Any) -> nn.Module:
-    """The Flax module of the net called `name`; `options` are fields of its class (head, frozen, dtype, …).
+def create(name: str, num_classes: int | None = 1000, **options: Any) -> Net:
+    """The Flax module of the net called `name`; `options` are fields of its class (hidden, dropout, frozen, dtype, …).
 
     Raises:
-        ValueError: no net has that name.
+        ValueError: no net has that name, the net has no such field, or the field does not take that value.
     """
+    known = fields(name)
+    for option in options:
+        if option not in known:
+            near = difflib.get_close_matches(option, known, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(f"{name} has no option {option!r}: {hint}Its options are {', '.join(known)}")
     return spec(name).net(num_classes=num_classes, **options)
 
 
-def any_size(name: str) -> dict[str, Any]:
-    """The options with which the net called `name` takes images of other than its native size.
+def fields(name: str) -> tuple[str, ...]:
+    """The options of the net called `name`, `num_classes` included."""
+    net = spec(name).net
+    family = net.func if isinstance(net, functools.partial) else net
+    return tuple(field.name for field in dataclasses.fields(family) if field.name not in ("parent", "name"))
 
-    VGG's dense layers become global average pooling, and GoogLeNet loses its auxiliary heads; others take any size.
+
+def any_size(name: str) -> dict[str, Any]:
+    """The options with which the net called `name` takes images of another size than its native one.
+
+    VGG gets global average pooling in place of fc1 and fc2, and GoogLeNet loses its auxiliary heads; the others take
+    any size as they are.
     """
-    family = type(create(name))
-    return {vgg.VGG: {"head": ()}, googlenet.GoogLeNet: {"auxiliary": False}}.get(family, {})
+    return {option: False for option in ("fc", "auxiliary") if option in fields(name)}
+
+
+def head_options(name: str, word: str) -> dict[str, Any]:
+    """The options of the head that a command line calls `fc`, `gap`, `gap:4096,2048` or `fc:256`.
+
+    `fc` keeps the fully connected layers of the weight file, which VGG alone has; `gap` takes global average pooling.
+    The numbers are the widths of hidden layers before the last one.
+
+    Raises:
+        ValueError: the word is none of these, or the net has no fc layers.
+    """
+    kind, colon, listed = word.partition(":")
+    widths = listed.split(",") if colon else []
+    if kind not in ("fc", "gap") or not all(width.isdecimal() and int(width) for width in widths):
+        raise ValueError(
+            f"head={word!r} is not fc, gap, or one of these with widths of hidden layers, as gap:4096,2048"
+        )
+    hidden = {"hidden": tuple(map(int, widths))}
+    if "fc" in fields(name):
+        return {"fc": kind == "fc", **hidden}
+    if kind == "fc":
+        raise ValueError(f"head={word!r} keeps fc layers, which {name} does not have: say gap{word[2:]}")
+    return hidden
+
+
+def options(name: str, net: nn.Module) -> dict[str, Any]:
+    """The fields in which `net` differs from `create(name)`, as JSON values: `from_options` makes the net again.
+
+    Raises:
+        ValueError: no net has that name, or `net` is of another family.
+    """
+    default = create(name)
+    if type(net) is not type(default):
+        raise ValueError(f"{name} is a {type(default).__name__}, and this net is a {type(net).__name__}")
+    pairs = {field: (_to_json(getattr(net, field)), _to_json(getattr(default, field))) for field in fields(name)}
+    return {field: value for field, (value, usual) in pairs.items() if value != usual}
+
+
+def from_options(name: str, options: Mapping[str, Any]) -> Net:
+    """The net called `name` with fields as `options` gives them, from a JSON file say.
+
+    Raises:
+        ValueError: as `create`.
+    """
+    values = {field: _from_json(value) for field, value in options.items()}
+    if isinstance(values.get("frozen"), tuple):
+        values["frozen"] = frozenset(values["frozen"])
+    return create(name, **values)
+
+
+# A table of Inception holds these; in JSON each is {name of the class: its fields}.
+PARTS = {part.__name__: part for part in (inception.Conv, inception.Pool, inception.Fork)}
+
+
+def _to_json(value: Any) -> Any:
+    if type(value) in PARTS.values():
+        return {type(value).__name__: {field: _to_json(entry) for field, entry in value._asdict().items()}}
+    if isinstance(value, tuple):
+        return [_to_json(entry) for entry in value]
+    if isinstance(value, frozenset):
+        return sorted(value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return value.item() if isinstance(value, np.number) else dtype_name(value)
+
+
+def _from_json(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return tuple(map(_from_json, value)) if isinstance(value, list) else value
+    if len(value) != 1 or not set(value) <= set(PARTS):
+        raise ValueError(f"{value} is no part of a net, which is {{NAME: fields}} with {' or '.join(PARTS)} as NAME")
+    ((part, values),) = value.items()
+    return PARTS[part](**{field: _from_json(entry) for field, entry in values.items()})
 
 
 def init(net: nn.Module, image_size: tuple[int, int], seed: int) -> dict[str, Any]:
     """Random variables of a net of the zoo: Glorot-uniform kernels, BatchNorm and Scale that change nothing.
 
-    The same as `net.init` in distribution; that takes half a minute to compile for two hundred layers, this none.
+    They have the distribution of those of `net.init`, which takes half a minute to compile for two hundred layers.
     """
     shapes = jax.eval_shape(net.init, jax.random.key(0), jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32))
     leaves = jax.tree_util.tree_leaves_with_path(shapes)

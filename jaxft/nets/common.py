@@ -1,7 +1,9 @@
 """What two or more families share."""
 
 import dataclasses
+import numbers
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -17,13 +19,15 @@ from jaxft.kernels.norm import normalise
 Stage = tuple[str, Callable[[jax.Array], jax.Array]]
 Padding = str | Sequence[tuple[int, int]]
 
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}  # that nets compute in
+
 
 @dataclasses.dataclass(frozen=True)
 class WeightFile:
     """A published Keras weight file.
 
-    `md5` is the hash that is published beside the URL; `classifier` says whether the file holds the layers behind the
-    last feature map; `order` is the ordering of its kernels, a key of `port_weights.ORDERS`.
+    `md5` is the hash that is published beside the URL. `classifier` says whether the file holds the layers after the
+    last feature map. `order` is the ordering of its kernels, a key of `port_weights.ORDERS`.
     """
 
     url: str
@@ -38,18 +42,18 @@ class Spec:
 
     Attributes:
         net: builds the module from `num_classes` and options.
-        about: what tells this net from its siblings, in one line.
+        about: how this net differs from its siblings, in one line.
         native_size: (height, width) in pixels that the weights were trained at.
         preprocessing: name of the function of `jaxft.preprocess` that every weight file of this net expects.
         head: the layer that a new task replaces.
         classifier: the weighted layers, head included, that a file without a classifier lacks.
         num_classes: of the published weights.
         num_params: with that classifier, running statistics included, as Keras counts them.
-        gmac: 10⁹ multiply-accumulates of convolutions and dense layers, for one image of the native size; of a
-            DenseNet with its transitions' convolutions behind their means, where the source has them before.
+        gmac: 10⁹ multiply-accumulates of convolutions and dense layers, for one image of the native size. In a DenseNet
+            the convolution of a transition counts after its mean; in the source it comes before.
         weights: `"imagenet"` (with classifier) and `"imagenet-notop"` → published files, with `"-th"` in Theano's form.
         aliases: other names that weight files use → layer names of the net.
-        flattened: dense layer behind a Flatten → (height, width) of the map that is flattened.
+        flattened: dense layer that follows a Flatten → (height, width) of the map that is flattened.
     """
 
     net: Callable[..., nn.Module]
@@ -79,7 +83,7 @@ def published(url: str, md5: str, notop_md5: str, order: str = "tf") -> dict[str
 def fold(stages: Sequence[Stage], x: jax.Array, start: str | None = None) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Runs `stages` in order; returns the last output and every output by stage name.
 
-    With `start`, `x` is taken to be the output of the stage of that name and only what follows is run.
+    With `start`, `x` is the output of the stage of that name, and only the stages after it run.
 
     Raises:
         ValueError: no stage is called `start`.
@@ -103,6 +107,57 @@ def check_size(net: str, images: jax.Array, smallest: int) -> None:
         raise ValueError(f"{net} needs images of at least {smallest}×{smallest} pixels, not {height}×{width}")
 
 
+class Net(nn.Module):
+    """A net of the zoo, which checks the fields that all have when it is made.
+
+    Raises:
+        ValueError: `num_classes`, `hidden`, `dropout`, `frozen` or `dtype` is not what the classes document.
+    """
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        object.__setattr__(self, "dtype", DTYPES[dtype_name(self.dtype)])  # one form, so that equal nets are equal
+        super().__post_init__()
+
+
+def check_fields(net: Any) -> None:
+    """Raises ValueError for a field that every net has and that is not what the classes document."""
+
+    def is_width(value: Any) -> bool:
+        return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value > 0
+
+    if net.num_classes is not None and not is_width(net.num_classes):
+        raise ValueError(f"num_classes={net.num_classes!r} is no positive integer; None stops at the last feature map")
+    if not isinstance(net.hidden, tuple) or not all(map(is_width, net.hidden)):
+        raise ValueError(
+            f"hidden={net.hidden!r} is no tuple of positive integers, the widths of dense layers before the last one; "
+            "say hidden=(256,) for one, () for none"
+        )
+    rates = net.dropout if isinstance(net.dropout, tuple) else (net.dropout,)
+    if not all(isinstance(rate, numbers.Real) and not isinstance(rate, bool) and 0 <= rate < 1 for rate in rates):
+        raise ValueError(f"dropout={net.dropout!r} is no rate from 0 to below 1")
+    if isinstance(net.frozen, str):
+        raise ValueError(
+            f"frozen={net.frozen!r} is a specification, where a net takes a frozenset of layer names: "
+            f"masking.frozen_layers(net, {net.frozen!r}, params) gives that, net.clone(frozen=…) sets it"
+        )
+    if not isinstance(net.frozen, frozenset):
+        raise ValueError(f"frozen={net.frozen!r} is a {type(net.frozen).__name__}, expected a frozenset of layer names")
+    dtype = dtype_name(net.dtype)
+    if dtype == "float16":
+        raise ValueError("dtype=float16: gradients underflow in it without loss scaling; use bfloat16")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={net.dtype!r} is not one that nets compute in; use {' or '.join(DTYPES)}")
+
+
+def dtype_name(dtype: Any) -> str:
+    """The name of a dtype in any form, or what was given where it is none."""
+    try:
+        return jnp.dtype(dtype).name
+    except TypeError:
+        return str(dtype)
+
+
 class BatchNorm(nn.Module):
     """Keras's BatchNormalization over the last axis: biased variance, in the running one too.
 
@@ -111,8 +166,8 @@ class BatchNorm(nn.Module):
         inference: normalise by the running statistics and leave them.
         momentum, epsilon: as Keras's.
         use_scale: whether there is a gamma.
-        dtype: of the output; statistics and parameters are float32, as is the arithmetic, save that a
-            convolution takes the offset off, or has `affine` in its kernel and bias, in its own.
+        dtype: of the output. Statistics, parameters and arithmetic are float32. Only what a convolution does for this
+            layer is in the convolution's dtype: it subtracts `offset`, or has `affine` in its kernel and bias.
     """
 
     features: int
@@ -130,23 +185,23 @@ class BatchNorm(nn.Module):
         self.beta = self.param("bias", nn.initializers.zeros, shape)
 
     def affine(self, bias: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-        """(factor, shift), float32 [C]: in inference, x + bias, if there is one, becomes factor · x + shift."""
+        """(factor, shift), float32 [C]: in inference x, plus a bias if given, becomes factor · x + shift."""
         factor = lax.rsqrt(self.running_var.value + self.epsilon) * self.gamma
         mean = self.running_mean.value if bias is None else self.running_mean.value - bias
         return factor, self.beta - mean * factor
 
     def offset(self, bias: jax.Array | None = None) -> jax.Array:
-        """[C] of `dtype`: what `of_batch` wants taken off, as statistics of numbers near zero lose no digits.
+        """[C] of `dtype`: what is subtracted from the input of `of_batch`. Statistics of numbers near 0 lose no digits.
 
-        `bias` [C] is that of a convolution which has not been added to them.
+        `bias` [C] is the bias of a convolution, where the input is without it.
         """
         mean = self.running_mean.value if bias is None else self.running_mean.value - lax.stop_gradient(bias)
         return mean.astype(self.dtype)
 
     def of_batch(self, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-        """x [..., C], less offset(bias), by the statistics of the batch, which the running ones follow.
+        """Normalises x [..., C], which is less offset(bias), by the batch, and moves the running statistics.
 
-        The mean takes a bias out again, so that its gradient is zero and no more than the running mean depends on it.
+        A mean takes a bias out again: the bias has no gradient, and nothing but the running mean depends on it.
         """
         y, mean, var = normalise(x, self.gamma, self.beta, self.epsilon)
         mean = mean + self.offset(bias)
@@ -166,11 +221,11 @@ class Conv(nn.Module):
     """A convolution with Keras's initializer.
 
     Attributes:
-        features, kernel_size, strides, padding: as of `flax.linen.Conv`, with one stride for both axes.
+        features, kernel_size, strides, padding: as in `flax.linen.Conv`, with one stride for both axes.
         use_bias: whether there is a bias.
-        relu: whether a ReLU follows, behind the BatchNorm if there is one.
-        mean: for a 1×1 convolution, a mean over windows that comes before it; they commute, and it is taken behind it,
-            where there are fewer channels.
+        relu: whether a ReLU follows, after the BatchNorm if there is one.
+        mean: for a 1×1 convolution, a mean over windows that comes before it. The two commute, so the mean is taken
+            after the convolution, where there are fewer channels.
         dtype: of the computation; parameters are float32.
     """
 
@@ -185,7 +240,7 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, norm: BatchNorm | None = None) -> jax.Array:
-        """x [B, H, W, C], through `norm` too, which in inference is part of the convolution."""
+        """x [B, H, W, C] through the convolution and `norm`, which in inference is part of the convolution."""
         kernel_shape = (*self.kernel_size, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.glorot_uniform(), kernel_shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
@@ -208,17 +263,17 @@ def conv(
     width: int,
     kernel: tuple[int, int],
     *,
-    strides: int = 1,
-    padding: Padding = "SAME",
-    bias: bool = True,
+    dtype: DTypeLike,
     norm: BatchNorm | None = None,
     scale: str | None = None,
     relu: bool = False,
-    mean: Callable[[jax.Array], jax.Array] | None = None,
-    dtype: DTypeLike,
+    **options: Any,
 ) -> jax.Array:
-    """A convolution and what follows it, `scale` being a Scale's name; to be called inside a compact module."""
-    x = Conv(width, kernel, strides, padding, bias, relu and not scale, mean, dtype, name=name)(x, norm)
+    """A convolution, its BatchNorm, the Scale of that name and a ReLU; to be called inside a compact module.
+
+    `options` are other fields of `Conv`.
+    """
+    x = Conv(width, kernel, relu=relu and not scale, dtype=dtype, name=name, **options)(x, norm)
     if scale is None:
         return x
     x = Scale(dtype, name=scale)(x)
@@ -241,7 +296,7 @@ def batch_norm(
 
 
 class Scale(nn.Module):
-    """x · scale + bias by channel: what Caffe keeps apart from the normalisation, and old weight files with it."""
+    """x · scale + bias for each channel: Caffe, and weight files from Caffe, keep it apart from the normalisation."""
 
     dtype: DTypeLike = jnp.float32
 
@@ -259,15 +314,62 @@ def dense(x: jax.Array, name: str, width: int, dtype: DTypeLike) -> jax.Array:
     return nn.Dense(width, kernel_init=kernel_init, dtype=dtype, dot_general=dot_general, name=name)(x)
 
 
-def classify(x: jax.Array, name: str, num_classes: int) -> jax.Array:
-    """The last layer: float32 logits [B, num_classes] of features [B, C]."""
-    return dense(x, name, num_classes, jnp.float32)
+def head_widths(hidden: tuple[int, ...], last: str, num_classes: int | None) -> dict[str, int]:
+    """Dense layer → width: hidden1, hidden2, … and the one called `last`; none where `num_classes` is None."""
+    if num_classes is None:
+        return {}
+    return {**{f"hidden{i}": width for i, width in enumerate(hidden, 1)}, last: num_classes}
+
+
+def head_table(widths: Mapping[str, int], dropout: float, *, pooled: bool = True) -> dict[str, tuple[str, ...]]:
+    """Stage → its layers, of the head that `head_stages` runs with the same arguments."""
+    if not widths:
+        return {}
+    table = {"avg_pool": ("avg_pool",)} if pooled else {}
+    for name, rate in _rates(widths, dropout).items():
+        flatten = () if table or pooled else ("flatten",)
+        table[name] = (*flatten, *([f"{name}_dropout"] if rate else []), name)
+    return table
+
+
+def head_stages(
+    widths: Mapping[str, int], dropout: float, *, train: bool, dtype: DTypeLike, pooled: bool = True
+) -> list[Stage]:
+    """Global average pooling and dense layers, a stage each, with ReLU after all but the last: float32 logits.
+
+    Args:
+        widths: dense layer → width, in order, as from `head_widths`.
+        dropout: rate in front of each dense layer after the first, and of the last one. It is not after a layer, so
+            that the output of every stage is deterministic.
+        train: dropout is on.
+        dtype: of the computation of all layers but the last.
+        pooled: False flattens the map in place of the pooling.
+    """
+
+    def layer(x: jax.Array, name: str, rate: float) -> jax.Array:
+        x = dropped(x.reshape(len(x), -1), name, rate, train)
+        last = name == list(widths)[-1]
+        x = dense(x, name, widths[name], jnp.float32 if last else dtype)
+        return x if last else nn.relu(x)
+
+    pool: list[Stage] = [("avg_pool", lambda x: x.mean((1, 2)))] if widths and pooled else []
+    return [*pool, *((name, partial(layer, name=name, rate=rate)) for name, rate in _rates(widths, dropout).items())]
+
+
+def dropped(x: jax.Array, name: str, rate: float, train: bool) -> jax.Array:
+    """Dropout of that rate in front of the layer called `name`; to be called inside a compact module."""
+    return nn.Dropout(rate, deterministic=not train, name=f"{name}_dropout")(x) if rate else x
+
+
+def _rates(widths: Mapping[str, int], dropout: float) -> dict[str, float]:
+    last = len(widths) - 1
+    return {name: dropout if i or i == last else 0.0 for i, name in enumerate(widths)}
 
 
 def fold_scales(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """Variables of a net with Scale layers → those of the same net with `fold_scale=True`.
+    """Variables of a net with Scale layers → variables of the same net with `fold_scale=True`.
 
-    Each Scale is multiplied into the BatchNorm before it, which in inference computes the same up to rounding.
+    Each Scale is multiplied into the BatchNorm before it. In inference the net computes the same up to rounding.
     """
     params = dict(variables["params"])
     for layer in [layer for layer in params if "scale" in layer]:

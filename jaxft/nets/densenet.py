@@ -9,19 +9,34 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxft.kernels.pool import avg_pool, max_pool
-from jaxft.nets.common import Scale, Spec, Stage, batch_norm, check_size, classify, conv, fold, published
+from jaxft.nets.common import (
+    Net,
+    Scale,
+    Spec,
+    Stage,
+    batch_norm,
+    check_size,
+    conv,
+    fold,
+    head_stages,
+    head_table,
+    head_widths,
+    published,
+)
 
 
-class DenseNet(nn.Module):
+class DenseNet(Net):
     """DenseNet-BC: bottlenecks of four times the growth, transitions that halve the channels.
 
     Attributes:
         depths: dense layers in each of the four blocks.
         growth: channels that each dense layer adds.
         stem_width: channels of the first convolution.
-        scale: the form converted from Caffe, with BatchNorm ε 1.1e-5 and a Scale layer behind each; else that of
-            `keras.applications`, with ε 1.001e-5.
+        scale: the form converted from Caffe, with BatchNorm ε 1.1e-5 and a Scale layer after each BatchNorm; else
+            the form of `keras.applications`, with ε 1.001e-5.
         num_classes: width of the last layer; None stops at the last feature map.
+        hidden: widths of dense ReLU layers hidden1, hidden2, … before the last layer.
+        dropout: rate before each dense layer after hidden1, and before the last one, in training.
         fold_scale: leaves Scale layers out, for variables from `common.fold_scales`.
         frozen: names of frozen layers; their BatchNorm uses and keeps the running statistics.
         dtype: of the computation; parameters, statistics and logits are float32.
@@ -34,6 +49,8 @@ class DenseNet(nn.Module):
     stem_width: int = 64
     scale: bool = False
     num_classes: int | None = 1000
+    hidden: tuple[int, ...] = ()
+    dropout: float = 0.0
     fold_scale: bool = False
     frozen: frozenset[str] = frozenset()
     dtype: DTypeLike = jnp.float32
@@ -56,23 +73,22 @@ class DenseNet(nn.Module):
             stage, norm, transition = self._transition(s)
             rest = (transition, f"{stage}_pool") if s <= len(self.depths) else ()
             table[stage] = (*self._norm(norm), f"{stage}_relu", *rest)
-        if self.num_classes is not None:
-            table |= {"avg_pool": ("avg_pool",), self._head: (self._head,)}
-        return table
+        return table | head_table(self._head(), self.dropout)
 
     def head_layers(self) -> tuple[str, ...]:
         """The weighted layers that no ImageNet file fills."""
-        return () if self.num_classes is None else (self._head,)
+        return tuple(self._head())
 
     @nn.compact
     def __call__(
         self, images: jax.Array, *, train: bool = False, start: str | None = None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Runs the net, or what follows the stage `start`.
+        """Runs the net, or the stages after `start`.
 
         Args:
             images: [B, H, W, 3], 32×32 or more, preprocessed for the weight file; with `start`, that stage's output.
-            train: BatchNorm uses the statistics of the batch, frozen layers excepted.
+            train: BatchNorm uses the statistics of the batch, frozen layers excepted; dropout is on, and takes the
+                random key called "dropout".
 
         Returns:
             (logits float32 [B, num_classes], outputs of every stage by name). Without a classifier the first is the
@@ -86,7 +102,7 @@ class DenseNet(nn.Module):
 
         epsilon = 1.1e-5 if self.scale else 1.001e-5
         norm = partial(batch_norm, train=train, frozen=self.frozen, epsilon=epsilon, dtype=self.dtype)
-        convolve = partial(conv, bias=False, dtype=self.dtype)
+        convolve = partial(conv, use_bias=False, dtype=self.dtype)
 
         def norm_relu(x: jax.Array, stem: str) -> jax.Array:
             name, *scale = self._norm(stem)
@@ -97,8 +113,8 @@ class DenseNet(nn.Module):
             x: jax.Array, name: str, stem: str, width: int, kernel: tuple[int, int], **options: Any
         ) -> jax.Array:
             bn, *scale = self._norm(stem)
-            behind = {"norm": norm(bn, width), "scale": scale[0] if scale else None, "relu": True}
-            return convolve(x, name, width, kernel, **behind, **options)
+            after = {"norm": norm(bn, width), "scale": scale[0] if scale else None, "relu": True}
+            return convolve(x, name, width, kernel, **after, **options)
 
         def stem(x: jax.Array) -> jax.Array:
             padding = ((3, 3), (3, 3))
@@ -114,7 +130,7 @@ class DenseNet(nn.Module):
             x = norm_relu(x, stem)
             if s > len(self.depths):
                 return x
-            # The mean comes behind the convolution in the source. They commute, and a quarter of the pixels is left.
+            # In the source the mean comes after the convolution. The two commute, and a quarter of the pixels is left.
             return convolve(avg_pool(x, (2, 2), (2, 2)), name, x.shape[-1] // 2, (1, 1))
 
         stages: list[Stage] = [
@@ -124,16 +140,11 @@ class DenseNet(nn.Module):
         for s, depth in enumerate(self.depths, 2):
             stages += [(self._dense(s, b)[0], partial(dense, s=s, b=b)) for b in range(1, depth + 1)]
             stages.append((self._transition(s)[0], partial(transition, s=s)))
-        if self.num_classes is not None:
-            stages += [
-                ("avg_pool", lambda x: x.mean((1, 2))),
-                (self._head, partial(classify, name=self._head, num_classes=self.num_classes)),
-            ]
+        stages += head_stages(self._head(), self.dropout, train=train, dtype=self.dtype)
         return fold(stages, images.astype(self.dtype), start)
 
-    @property
-    def _head(self) -> str:
-        return "fc6" if self.scale else "predictions"
+    def _head(self) -> dict[str, int]:
+        return head_widths(self.hidden, "fc6" if self.scale else "predictions", self.num_classes)
 
     @property
     def _stem(self) -> str:
@@ -154,7 +165,7 @@ class DenseNet(nn.Module):
         return stage, (f"{stage}_0", f"{stage}_1"), (f"{stage}_1_conv", f"{stage}_2_conv")
 
     def _transition(self, s: int) -> tuple[str, str, str]:
-        """(stage, stem of its BatchNorm's name, name of its convolution) behind block s; the last has none."""
+        """(stage, stem of its BatchNorm's name, name of its convolution) after block s; the last has no convolution."""
         if self.scale:
             return f"conv{s}_blk", f"conv{s}_blk", f"conv{s}_blk"
         stage = "bn" if s > len(self.depths) else f"pool{s}"

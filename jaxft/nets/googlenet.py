@@ -8,7 +8,20 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxft.kernels.pool import avg_pool, max_pool
-from jaxft.nets.common import Padding, Spec, Stage, check_size, classify, conv, dense, fold
+from jaxft.nets.common import (
+    Net,
+    Padding,
+    Spec,
+    Stage,
+    check_size,
+    conv,
+    dense,
+    dropped,
+    fold,
+    head_stages,
+    head_table,
+    head_widths,
+)
 
 # Module → widths of 1x1, 3x3_reduce, 3x3, 5x5_reduce, 5x5, pool_proj.
 MODULES = {
@@ -22,19 +35,22 @@ MODULES = {
     "inception_5a": (256, 160, 320, 32, 128, 128),
     "inception_5b": (384, 192, 384, 48, 128, 128),
 }
-POOLED = {"inception_3b": "pool3", "inception_4e": "pool4"}  # module → the pooling behind it
+POOLED = {"inception_3b": "pool3", "inception_4e": "pool4"}  # module → the pooling after it
 AUXILIARY = {"loss1": "inception_4a", "loss2": "inception_4d"}  # auxiliary head → the stage that it reads
+HEAD_STAGES = {"loss3_classifier": "loss3"}  # layer → stage, where their names differ
 FC_WIDTH = 1024
-FLATTENED = (4, 4)  # the map behind the average pooling of an auxiliary head
+FLATTENED = (4, 4)  # the map after the average pooling of an auxiliary head
 
 
-class GoogLeNet(nn.Module):
+class GoogLeNet(Net):
     """GoogLeNet with its two auxiliary heads, which count in training and in prediction.
 
     Attributes:
         num_classes: width of the three last layers; None stops at the last feature map.
         auxiliary: False leaves the auxiliary heads out, and takes any input of 32×32 or more.
-        dropout: rates in front of the classifiers of loss1, loss2 and loss3 in training.
+        hidden: widths of dense ReLU layers hidden1, hidden2, … before the last layer of loss3.
+        dropout: rates before the classifiers of loss1, loss2 and loss3 in training, and before hidden2, hidden3, … as
+            before that of loss3.
         frozen: names of frozen layers; GoogLeNet has no BatchNorm, so nothing of its own depends on it.
         dtype: of the computation; parameters and logits are float32.
 
@@ -43,12 +59,13 @@ class GoogLeNet(nn.Module):
 
     num_classes: int | None = 1000
     auxiliary: bool = True
+    hidden: tuple[int, ...] = ()
     dropout: tuple[float, float, float] = (0.7, 0.7, 0.4)
     frozen: frozenset[str] = frozenset()
     dtype: DTypeLike = jnp.float32
 
     def layers(self) -> dict[str, tuple[str, ...]]:
-        """Stage name → its layers; a head stands behind the stage that it reads, so that no cut lies between them."""
+        """Stage name → its layers; an auxiliary head follows the stage that it reads: no cut lies between the two."""
         table: dict[str, tuple[str, ...]] = {
             "conv1": ("input", "conv1_pad", "conv1_7x7_s2", "pool1_pad", "pool1_3x3_s2", "pool1_norm1"),
             "conv2": ("conv2_3x3_reduce", "conv2_3x3", "conv2_norm2", "pool2_pad", "pool2_3x3_s2"),
@@ -60,35 +77,34 @@ class GoogLeNet(nn.Module):
             if pool := POOLED.get(module):
                 table[pool] = (f"{pool}_pad", pool)
             if head := heads.get(module):
-                parts = ("ave_pool", "conv", "flatten", "fc", "dropout", "classifier")
+                parts = ("ave_pool", "conv", "flatten", "fc", "classifier_dropout", "classifier")
                 table[head] = tuple(f"{head}_{part}" for part in parts)
-        if self.num_classes is not None:
-            table["avg_pool"] = ("avg_pool",)
-            table["loss3"] = ("loss3_dropout", "loss3_classifier")
-        return table
+        last = head_table(self._head(), self.dropout[2])
+        return table | {HEAD_STAGES.get(stage, stage): layers for stage, layers in last.items()}
 
     def keras_layers(self) -> tuple[str, ...]:
-        """All layers in the order of Keras's `model.layers`, which sorts by the way that is left to an output."""
-        heads = {stage: layers for stage, layers in self.layers().items() if stage in AUXILIARY}
-        trunk = [layer for stage, layers in self.layers().items() if stage not in heads for layer in layers]
-        early, late = [], []  # of the heads: what stands before the last convolutions of inception_5b, and behind them
-        for layers in zip(*heads.values(), strict=True):
-            (early if layers[0].endswith(("ave_pool", "conv")) else late).extend(layers)
-        last = trunk.index("inception_5b_1x1")
-        return (*trunk[:last], *early, *trunk[last:-2], *late, *trunk[-2:]) if heads else tuple(trunk)
+        """All layers in the order of Keras's `model.layers`: by the longest way to an output, the longest first."""
+        heads = [layers for stage, layers in self.layers().items() if stage in AUXILIARY]
+        trunk = [layer for stage, layers in self.layers().items() if stage not in AUXILIARY for layer in layers]
+        first = trunk.index("inception_5b_1x1")
+        convs, last = trunk[first : first + 4], trunk[first + 4 :]  # of the last module, which are side by side
+        left = dict.fromkeys(convs, len(last))
+        for layers in (*heads, last):
+            left |= {layer: len(layers) - i for i, layer in enumerate(layers, 1)}
+        return (*trunk[:first], *sorted([*sum(heads, ()), *convs, *last], key=lambda layer: -left[layer]))
 
     def head_layers(self) -> tuple[str, ...]:
         """The weighted layers that no ImageNet file fills."""
         if self.num_classes is None:
             return ()
-        heads = (*AUXILIARY, "loss3") if self.auxiliary else ("loss3",)
-        return tuple(f"{head}_classifier" for head in heads)
+        heads = AUXILIARY if self.auxiliary else ()
+        return (*(f"{head}_classifier" for head in heads), *self._head())
 
     @nn.compact
     def __call__(
         self, images: jax.Array, *, train: bool = False, start: str | None = None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Runs the net, or what follows the stage `start`.
+        """Runs the net, or the stages after `start`.
 
         Args:
             images: [B, H, W, 3], preprocessed for the weight file: 223 to 270 pixels a side with auxiliary heads, 32 or
@@ -102,7 +118,7 @@ class GoogLeNet(nn.Module):
             output of inception_5b, [B, about H/32, W/32, 1024].
 
         Raises:
-            ValueError: the images do not fit, `start` is no stage, or lies behind a stage that an auxiliary head reads.
+            ValueError: the images do not fit, `start` is no stage, or lies after a stage that an auxiliary head reads.
         """
         if start is None:
             check_size("GoogLeNet", images, 32)
@@ -113,17 +129,18 @@ class GoogLeNet(nn.Module):
                 stages.append((pool, _pool))
         if self.num_classes is None:
             return fold(stages, images.astype(self.dtype), start)
-        stages += [("avg_pool", lambda x: x.mean((1, 2))), ("loss3", partial(self._classify, "loss3", train))]
+        last = head_stages(self._head(), self.dropout[2], train=train, dtype=self.dtype)
+        stages += [(HEAD_STAGES.get(name, name), stage) for name, stage in last]
         logits, out = fold(stages, images.astype(self.dtype), start)
         if not self._has_auxiliary:
             return logits, out
-        for head, stage in AUXILIARY.items():
+        for (head, stage), rate in zip(AUXILIARY.items(), self.dropout, strict=False):
             if stage not in out:
                 raise ValueError(
-                    f"start={start!r} lies behind {stage}, which the auxiliary head {head} reads; start at or before "
+                    f"start={start!r} lies after {stage}, which the auxiliary head {head} reads; start at or before "
                     f"{AUXILIARY['loss1']}, or make the net with auxiliary=False"
                 )
-            out[head] = self._auxiliary_head(head, train, out[stage])
+            out[head] = self._auxiliary_head(head, rate, train, out[stage])
         three = jnp.stack([out["loss1"], out["loss2"], out["loss3"]])
         if train:
             return three, out
@@ -156,25 +173,24 @@ class GoogLeNet(nn.Module):
         )
         return jnp.concatenate(branches, -1)
 
-    def _auxiliary_head(self, head: str, train: bool, x: jax.Array) -> jax.Array:
+    def _auxiliary_head(self, head: str, rate: float, train: bool, x: jax.Array) -> jax.Array:
         x = self._relu_conv(avg_pool(x, (5, 5), (3, 3)), f"{head}_conv", 128, 1)
         if x.shape[1:3] != FLATTENED:
             raise ValueError(
                 f"{head}_fc takes a 4×4 map, which inputs of 223 to 270 pixels a side give; these give "
                 f"{x.shape[1]}×{x.shape[2]}: resize the images, or make the net with auxiliary=False"
             )
-        x = dense(x.reshape(len(x), -1), f"{head}_fc", FC_WIDTH, self.dtype)
-        return self._classify(head, train, nn.relu(x))
-
-    def _classify(self, head: str, train: bool, x: jax.Array) -> jax.Array:
         assert self.num_classes is not None
-        rate = dict(zip((*AUXILIARY, "loss3"), self.dropout, strict=True))[head]
-        x = nn.Dropout(rate, deterministic=not train)(x)
-        return classify(x, f"{head}_classifier", self.num_classes)
+        x = nn.relu(dense(x.reshape(len(x), -1), f"{head}_fc", FC_WIDTH, self.dtype))
+        name = f"{head}_classifier"
+        return dense(dropped(x, name, rate, train), name, self.num_classes, jnp.float32)
+
+    def _head(self) -> dict[str, int]:
+        return head_widths(self.hidden, "loss3_classifier", self.num_classes)
 
 
 def _pool(x: jax.Array) -> jax.Array:
-    """3×3/2 max pooling, padded at the bottom and right; with zeros in the source, which behind a ReLU is the same."""
+    """3×3/2 max pooling, padded at the bottom and right; the source pads with zeros, the same after a ReLU."""
     return max_pool(x, (3, 3), (2, 2), padding=((0, 1), (0, 1)))
 
 

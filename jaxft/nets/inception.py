@@ -11,13 +11,25 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxft.kernels.pool import avg_pool, max_pool
-from jaxft.nets.common import Spec, Stage, batch_norm, check_size, classify, conv, fold, published
+from jaxft.nets.common import (
+    Net,
+    Spec,
+    Stage,
+    batch_norm,
+    check_size,
+    conv,
+    fold,
+    head_stages,
+    head_table,
+    head_widths,
+    published,
+)
 
 
 class Conv(NamedTuple):
     """A convolution with its BatchNorm and ReLU; `number` counts them through the net, as automatic names do.
 
-    `pooled`: a 1×1 one behind an average pooling as `Pool` does it at stride 1.
+    `pooled`: average pooling, as `Pool` does it at stride 1, comes before this 1×1 convolution.
     """
 
     width: int
@@ -29,7 +41,7 @@ class Conv(NamedTuple):
 
 
 class Pool(NamedTuple):
-    """3×3 pooling: `max` or `avg`, which leaves the padding out of the mean as Keras does."""
+    """3×3 pooling: `max`, or `avg`, whose mean leaves the padding out as in Keras."""
 
     kind: str
     strides: int = 1
@@ -53,7 +65,7 @@ def c(width: int, height: int, breadth: int | None = None, **options: Any) -> Co
 
 
 def chain(size: int, *widths: int, first: int = 1) -> Chain:
-    """A 1×1 convolution and factors of size×size ones: 1×n and n×1 in turn, n×1 before 1×n if `first` is 0."""
+    """A 1×1 convolution, then 1×size and size×1 ones in turn, which factor size×size; size×1 first if `first` is 0."""
     shapes = [(1, 1), *((1, size) if i % 2 == first else (size, 1) for i in range(1, len(widths)))]
     return tuple(c(width, *shape) for width, shape in zip(widths, shapes, strict=True))
 
@@ -132,25 +144,27 @@ def v4(blocks: tuple[int, int, int] = (4, 7, 3)) -> dict[str, Chain]:
     return table
 
 
-class Inception(nn.Module):
+class Inception(Net):
     """A net of forks of convolutions.
 
     Attributes:
         table: stage → chain, as (stage, chain) pairs.
         num_classes: width of the last layer; None stops at the last feature map.
+        hidden: widths of dense ReLU layers hidden1, hidden2, … before the last layer.
         relu_first: convolution with bias → ReLU → BatchNorm with gamma, so that features can be negative (v0.2); else
             convolution → BatchNorm without gamma → ReLU.
         momentum: of BatchNorm's running statistics.
-        dropout: rate in front of the last layer in training.
+        dropout: rate before each dense layer after hidden1, and before the last one, in training.
         frozen: names of frozen layers; their BatchNorm uses and keeps the running statistics.
         dtype: of the computation; parameters, statistics and logits are float32.
 
     Convolutions are called conv2d_1, conv2d_2, … and their BatchNorms batch_normalization_1, … in the order in which
-    the source creates them, which is how the weight files number them too.
+    the source creates them; the weight files number them the same way.
     """
 
     table: tuple[tuple[str, Chain], ...]
     num_classes: int | None = 1000
+    hidden: tuple[int, ...] = ()
     relu_first: bool = False
     momentum: float = 0.99
     dropout: float = 0.0
@@ -165,20 +179,17 @@ class Inception(nn.Module):
             deepest_first = sorted(self._depths(chain, 0, stage), key=lambda layer: -layer[0])
             table[stage] = tuple(name for _, name in deepest_first)
         table["stem"] = ("input", *table["stem"])
-        if self.num_classes is not None:
-            table["avg_pool"] = ("avg_pool",)
-            table["predictions"] = (*["dropout"] * bool(self.dropout), "predictions")
-        return table
+        return table | head_table(self._head(), self.dropout)
 
     def head_layers(self) -> tuple[str, ...]:
         """The weighted layers that no ImageNet file fills."""
-        return () if self.num_classes is None else ("predictions",)
+        return tuple(self._head())
 
     @nn.compact
     def __call__(
         self, images: jax.Array, *, train: bool = False, start: str | None = None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Runs the net, or what follows the stage `start`.
+        """Runs the net, or the stages after `start`.
 
         Args:
             images: [B, H, W, 3], 75×75 or more, preprocessed for the weight file; with `start`, that stage's output.
@@ -195,15 +206,11 @@ class Inception(nn.Module):
         if start is None:
             check_size("Inception", images, 75)
         stages: list[Stage] = [(stage, partial(self._run, chain, train)) for stage, chain in self._numbered()]
-        if self.num_classes is not None:
-            num_classes = self.num_classes
-
-            def predictions(x: jax.Array) -> jax.Array:
-                x = nn.Dropout(self.dropout, deterministic=not train)(x)
-                return classify(x, "predictions", num_classes)
-
-            stages += [("avg_pool", lambda x: x.mean((1, 2))), ("predictions", predictions)]
+        stages += head_stages(self._head(), self.dropout, train=train, dtype=self.dtype)
         return fold(stages, images.astype(self.dtype), start)
+
+    def _head(self) -> dict[str, int]:
+        return head_widths(self.hidden, "predictions", self.num_classes)
 
     def _numbered(self) -> list[tuple[str, Chain]]:
         numbers = itertools.count(1)
@@ -267,7 +274,7 @@ class Inception(nn.Module):
             part.kernel,
             strides=part.strides,
             padding=part.padding,
-            bias=self.relu_first,
+            use_bias=self.relu_first,
             norm=None if self.relu_first else norm,
             relu=True,
             mean=partial(avg_pool, window=(3, 3), padding="SAME") if part.pooled else None,
@@ -288,7 +295,7 @@ def _spec(net: partial[Inception], **row: Any) -> Spec:
 
 
 def spec_v3(num_params: int, gmac: float, md5: str, notop_md5: str) -> Spec:
-    """The zoo's row of Inception-V3 as of `keras.applications`, the source of URL and hashes."""
+    """The zoo's row of Inception-V3 of `keras.applications`, the source of URL and hashes."""
     url = "https://storage.googleapis.com/tensorflow/keras-applications/inception_v3/inception_v3"
     return _spec(
         partial(Inception, table=tuple(v3((32, 64, 64), 192, "max").items())),
@@ -300,7 +307,7 @@ def spec_v3(num_params: int, gmac: float, md5: str, notop_md5: str) -> Spec:
 
 
 def spec_v3_v02(num_params: int, gmac: float, tf: tuple[str, str], th: tuple[str, str]) -> Spec:
-    """The zoo's row of Inception-V3 as of fchollet/deep-learning-models, release v0.2, the source of URL and hashes."""
+    """The zoo's row of Inception-V3 of fchollet/deep-learning-models, release v0.2, the source of URL and hashes."""
     url = "https://github.com/fchollet/deep-learning-models/releases/download/v0.2/inception_v3"
     return _spec(
         partial(Inception, table=tuple(v3((32, 32, 32), 160, "avg").items()), relu_first=True),
@@ -312,7 +319,7 @@ def spec_v3_v02(num_params: int, gmac: float, tf: tuple[str, str], th: tuple[str
 
 
 def spec_v4(num_params: int, gmac: float, md5: str, notop_md5: str) -> Spec:
-    """The zoo's row of Inception-V4 as of kentsommer/keras-inceptionV4, release 2.1, the source of URL and hashes."""
+    """The zoo's row of Inception-V4 of kentsommer/keras-inceptionV4, release 2.1, the source of URL and hashes."""
     url = "https://github.com/kentsommer/keras-inceptionV4/releases/download/2.1/inception-v4"
     return _spec(
         partial(Inception, table=tuple(v4().items()), momentum=0.9997, dropout=0.2),

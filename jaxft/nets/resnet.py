@@ -10,7 +10,20 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxft.kernels.pool import max_pool
-from jaxft.nets.common import Padding, Spec, Stage, batch_norm, check_size, classify, conv, fold, published
+from jaxft.nets.common import (
+    Net,
+    Padding,
+    Spec,
+    Stage,
+    batch_norm,
+    check_size,
+    conv,
+    fold,
+    head_stages,
+    head_table,
+    head_widths,
+    published,
+)
 
 WIDTHS = (64, 128, 256, 512)  # of the 3×3 convolutions of stages 2 to 5; blocks end four times as wide
 
@@ -19,9 +32,9 @@ WIDTHS = (64, 128, 256, 512)  # of the 3×3 convolutions of stages 2 to 5; block
 class Variant:
     """How one form of the weights differs from the others.
 
-    `epsilon` is BatchNorm's; `scale` adds a Scale layer behind each; `pool_padding` is that of pool1; `names` is
-    `blocks` (conv2_block1_1_conv), `letters` (res2a_branch2a) or `numbers` (res3b1_branch2a). Keras orders the last
-    convolution of a block and its shortcut as they are added: `shortcut_first`.
+    `epsilon` is BatchNorm's. `scale` adds a Scale layer after each BatchNorm. `pool_padding` is the padding of pool1.
+    `names` is `blocks` (conv2_block1_1_conv), `letters` (res2a_branch2a) or `numbers` (res3b1_branch2a).
+    `shortcut_first`: in Keras's order of layers a block's shortcut comes before its last convolution.
     """
 
     bias: bool
@@ -42,13 +55,15 @@ VARIANTS = {
 }
 
 
-class ResNet(nn.Module):
+class ResNet(Net):
     """ResNet with bottleneck blocks; strides sit on the first 1×1 convolution of a block.
 
     Attributes:
         depths: blocks in each of the four stages.
         variant: a key of `VARIANTS`.
         num_classes: width of the last layer; None stops at the last feature map.
+        hidden: widths of dense ReLU layers hidden1, hidden2, … before the last layer.
+        dropout: rate before each dense layer after hidden1, and before the last one, in training.
         fold_scale: leaves Scale layers out, for variables from `common.fold_scales`.
         frozen: names of frozen layers; their BatchNorm uses and keeps the running statistics.
         dtype: of the computation; parameters, statistics and logits are float32.
@@ -59,6 +74,8 @@ class ResNet(nn.Module):
     depths: tuple[int, ...]
     variant: str = "keras"
     num_classes: int | None = 1000
+    hidden: tuple[int, ...] = ()
+    dropout: float = 0.0
     fold_scale: bool = False
     frozen: frozenset[str] = frozenset()
     dtype: DTypeLike = jnp.float32
@@ -80,27 +97,26 @@ class ResNet(nn.Module):
                 last.insert(0 if form.shortcut_first else 1, units[0])
             side_by_side = [layer for pair in zip(*last, strict=True) for layer in pair]
             table[stage] = (*main, *side_by_side, f"{block}_add", f"{block}_out")
-        if self.num_classes is not None:
-            table |= {"avg_pool": ("avg_pool",), self._head: (self._head,)}
-        return table
+        return table | head_table(self._head(), self.dropout)
 
     def head_layers(self) -> tuple[str, ...]:
         """The weighted layers that no ImageNet file fills."""
-        return () if self.num_classes is None else (self._head,)
+        return tuple(self._head())
 
     @nn.compact
     def __call__(
         self, images: jax.Array, *, train: bool = False, start: str | None = None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Runs the net, or what follows the stage `start`.
+        """Runs the net, or the stages after `start`.
 
         Args:
             images: [B, H, W, 3], 32×32 or more, preprocessed for the weight file; with `start`, that stage's output.
-            train: BatchNorm uses the statistics of the batch, frozen layers excepted.
+            train: BatchNorm uses the statistics of the batch, frozen layers excepted; dropout is on, and takes the
+                random key called "dropout".
 
         Returns:
             (logits float32 [B, num_classes], outputs of every stage by name). Without a classifier the first is the
-            last feature map, [B, ⌈H/32⌉, ⌈W/32⌉, 2048] or one less where pool1 is not padded.
+            last feature map, [B, ⌈H/32⌉, ⌈W/32⌉, 2048], or one less a side where pool1 is not padded.
 
         Raises:
             ValueError: the images are too small, or `start` is no stage.
@@ -110,24 +126,20 @@ class ResNet(nn.Module):
         pool_padding = VARIANTS[self.variant].pool_padding
         stages: list[Stage] = [
             ("conv1", lambda x: self._conv_bn(x, "", "", 64, 7, train, strides=2, padding=((3, 3), (3, 3)))),
-            # Keras pads with zeros, which behind a ReLU is the same as no padding.
+            # Keras pads with zeros. After a ReLU that is the same as padding that no maximum takes.
             ("pool1", lambda x: max_pool(x, (3, 3), (2, 2), padding=((pool_padding, pool_padding),) * 2)),
         ]
         for stage, block, width, strides in self._blocks():
             stages.append((stage, partial(self._block, block=block, width=width, strides=strides, train=train)))
-        if self.num_classes is not None:
-            stages += [
-                ("avg_pool", lambda x: x.mean((1, 2))),
-                (self._head, partial(classify, name=self._head, num_classes=self.num_classes)),
-            ]
+        stages += head_stages(self._head(), self.dropout, train=train, dtype=self.dtype)
         return fold(stages, images.astype(self.dtype), start)
 
-    @property
-    def _head(self) -> str:
-        return "predictions" if VARIANTS[self.variant].names == "blocks" else "fc1000"
+    def _head(self) -> dict[str, int]:
+        last = "predictions" if VARIANTS[self.variant].names == "blocks" else "fc1000"
+        return head_widths(self.hidden, last, self.num_classes)
 
     def _blocks(self) -> Iterator[tuple[str, str, int, int]]:
-        """(stage, prefix of its layers, width, strides) of every block; strides 0 is a shortcut without convolution."""
+        """(stage, prefix of its layers, width, strides) of each block; strides 0: a shortcut without convolution."""
         names = VARIANTS[self.variant].names
         for s, (depth, width) in enumerate(zip(self.depths, WIDTHS, strict=True), 2):
             for b in range(depth):
@@ -167,7 +179,7 @@ class ResNet(nn.Module):
             (size, size),
             strides=strides,
             padding=padding,
-            bias=form.bias,
+            use_bias=form.bias,
             norm=batch_norm(norm, width, train=train, frozen=self.frozen, epsilon=form.epsilon, dtype=self.dtype),
             scale=scale[0] if scale else None,
             relu=relu,
@@ -201,7 +213,7 @@ def spec(depths: tuple[int, ...], num_params: int, gmac: float, md5: str, notop_
 
 
 def spec_v02(num_params: int, gmac: float, tf: tuple[str, str], th: tuple[str, str]) -> Spec:
-    """The zoo's row of ResNet-50 as of fchollet/deep-learning-models, release v0.2, the source of URL and hashes."""
+    """The zoo's row of ResNet-50 of fchollet/deep-learning-models, release v0.2, the source of URL and hashes."""
     url = "https://github.com/fchollet/deep-learning-models/releases/download/v0.2/resnet50"
     return Spec(
         net=partial(ResNet, depths=(3, 4, 6, 3), variant="v02"),
