@@ -1,17 +1,22 @@
 """Orbax checkpoints of a run: saved while training goes on, restored strictly."""
 
-import json
+import math
 import pathlib
 import shutil
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from jaxft import files
 from jaxft.train_state import TrainState
 
 Arrays = dict[str, Any]
+
+FORMAT = 2  # of a run's folder; 1 had no phases
 
 
 class CheckpointError(RuntimeError):
@@ -19,7 +24,8 @@ class CheckpointError(RuntimeError):
 
 
 def differences(saved: dict[str, Any], wanted: dict[str, Any], limit: int = 12) -> list[str]:
-    """One line for each key whose value differs, `key: saved → wanted`; past `limit` they are only counted."""
+    """One line for each value that differs, `key.key: saved → wanted`; past `limit` they are only counted."""
+    saved, wanted = _flat(saved), _flat(wanted)
     lines = [
         f"{key}: {saved.get(key, '(absent)')} → {wanted.get(key, '(absent)')}"
         for key in sorted({*saved, *wanted})
@@ -28,37 +34,66 @@ def differences(saved: dict[str, Any], wanted: dict[str, Any], limit: int = 12) 
     return lines if len(lines) <= limit else [*lines[:limit], f"… and {len(lines) - limit} more"]
 
 
-class Checkpoints:
-    """The checkpoints in one folder: the last and the best (lowest `metric`) are kept.
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+            flat |= _flat({str(place): item for place, item in enumerate(value, 1)}, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
 
-    A save copies the state to the host, returns, and goes on writing in the background; it becomes visible by a rename
-    when it is whole, so that a killed run leaves the checkpoints before it intact.
+
+class Checkpoints:
+    """The checkpoints in one folder: the last and the best are kept.
+
+    A checkpoint holds three or four items: `variables` (parameters and BatchNorm statistics), `average` of them if
+    there is one, `optimizer` (all else of a state), and `run`, JSON values. A save copies the state to the host,
+    returns, and goes on writing in the background; it becomes visible by a rename when it is whole, so that a killed
+    run leaves the checkpoints before it intact.
     """
 
-    def __init__(self, folder: pathlib.Path, config: dict[str, Any]):
-        """Opens or creates `folder` for the run of `config` (JSON values), which `restore` holds it to."""
+    def __init__(self, folder: pathlib.Path, record: dict[str, Any] | None = None):
+        """Opens `folder`: to read alone without `record`, else to write for the run of that record (JSON values)."""
         self.folder = folder.absolute()
-        self.config = json.loads(json.dumps(config))
+        self.record = record
         best = checkpoint_managers.BestN(
             get_metric_fn=lambda metrics: metrics["metric"], reverse=True, n=1, keep_checkpoints_without_metrics=False
         )
         policy = checkpoint_managers.AnyPreservationPolicy([checkpoint_managers.LatestN(1), best])
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policy, best_fn=best.get_metric_fn, best_mode="min", cleanup_tmp_directories=True
+            preservation_policy=policy,
+            best_fn=best.get_metric_fn,
+            best_mode="min",
+            cleanup_tmp_directories=record is not None,
+            create=record is not None,
         )
-        handlers = {"state": ocp.StandardCheckpointHandler(), "run": ocp.JsonCheckpointHandler()}
+        arrays = {name: ocp.StandardCheckpointHandler() for name in ("variables", "average", "optimizer")}
+        handlers = {**arrays, "run": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
     def latest(self) -> int | None:
         """The step of the last whole checkpoint, read off the folder: Orbax's own list counts saves under way."""
+        if not self.folder.exists():
+            return None
         return max((int(path.name) for path in self.folder.iterdir() if path.name.isdigit()), default=None)
 
     def best(self) -> int | None:
-        """The step of the checkpoint with the lowest metric."""
+        """The step of the checkpoint with the best monitored value; None where no value was a number."""
         return self._manager.best_step()
 
-    def save(self, state: TrainState, progress: dict[str, Any], metric: float | None = None) -> None:
-        """Starts to write `state` and the JSON values of `progress`; `metric`, if given, competes for the best.
+    def save(
+        self, state: TrainState, progress: dict[str, Any], value: float | None = None, best: str = "lowest"
+    ) -> None:
+        """Starts to write `state` and the JSON values of `progress`.
+
+        Args:
+            state: as it is now; the next step may overwrite its buffers.
+            progress: as `train.Progress`.
+            value: the monitored one, which competes for the best if it is a number; NaN is never best.
+            best: which value is, the lowest or the highest.
 
         Raises:
             CheckpointError: the disk has no room, or an earlier save failed.
@@ -68,11 +103,22 @@ class Checkpoints:
         if step == self.latest():
             return
         self.require_room(state)
-        arrays = _arrays(state)
-        run = ocp.args.JsonSave({"config": self.config, "progress": progress})
-        items = ocp.args.Composite(state=ocp.args.StandardSave(arrays), run=run)
+        metric = None if value is None or math.isnan(value) else value if best == "lowest" else -value
+        run = {"format": FORMAT, "record": self.record, "progress": progress}
+        items = {name: ocp.args.StandardSave(arrays) for name, arrays in _arrays(state).items()}
+        self._write(step, items, run, metric)
+
+    def save_variables(self, variables: Arrays, frozen: list[str]) -> None:
+        """Writes the variables of a model alone, as step 0; `frozen` names its frozen layers."""
+        run = {"format": FORMAT, "record": self.record, "progress": {"frozen": frozen}}
+        variables = {name: jax.tree.map(jnp.asarray, variables[name]) for name in ("params", "batch_stats")}
+        self._write(0, {"variables": ocp.args.StandardSave(variables)}, run, None)
+        self.wait()
+
+    def _write(self, step: int, items: dict[str, Any], run: dict[str, Any], metric: float | None) -> None:
+        args = ocp.args.Composite(**items, run=ocp.args.JsonSave(files.strict(run)))
         try:
-            self._manager.save(step, args=items, metrics=None if metric is None else {"metric": metric})
+            self._manager.save(step, args=args, metrics=None if metric is None else {"metric": metric})
         except (OSError, ValueError) as error:  # tensorstore reports a failed write as a ValueError
             raise CheckpointError(
                 f"the checkpoint of step {step} was not written ({error}); {self._remedy()}"
@@ -99,36 +145,75 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             raise CheckpointError(f"a checkpoint was not written ({error}); {self._remedy()}") from error
 
-    def restore(self, template: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
-        """The state and the progress saved at `step` (the latest by default), laid out on devices as `template` is.
+    def run(self, step: int | None = None) -> dict[str, Any]:
+        """{"record", "progress"} of the checkpoint of `step`, by default the latest.
 
         Raises:
-            CheckpointError: there is none, it was saved by a run of another configuration, or its tree, shapes or
-                dtypes are not those of `template`.
+            CheckpointError: there is none, or it was written by an earlier version of jaxft.
         """
         step = self.latest() if step is None else step
         if step is None:
             raise CheckpointError(f"{self.folder} holds no checkpoint")
-        run = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
-        if lines := differences(run["config"], self.config):
+        items = {path.name for path in (self.folder / str(step)).iterdir()}
+        found = {}
+        if "variables" in items:
+            found = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
+        if found.get("format") != FORMAT:
             raise CheckpointError(
-                f"the checkpoint in {self.folder} belongs to a run of another configuration (saved → asked for):\n  "
-                + "\n  ".join(lines)
+                f"the checkpoint of step {step} in {self.folder} was written by a version of jaxft without phases, "
+                "or by another program; this version cannot go on from it. Use a new folder"
             )
+        return found
+
+    def restore(self, template: TrainState, step: int | None = None) -> TrainState:
+        """The state saved at `step` (the latest by default), laid out on devices as `template` is.
+
+        Raises:
+            CheckpointError: there is none, or its tree, shapes or dtypes are not those of `template`.
+        """
+        step = self.latest() if step is None else step
+        if step is None:
+            raise CheckpointError(f"{self.folder} holds no checkpoint")
         arrays = _arrays(template)
-        expected = _signature(arrays)
-        metadata = self._manager.item_metadata(step)["state"]
-        found = _signature(metadata.tree)
-        if lines := differences(found, expected):
+        metadata = self._manager.item_metadata(step)
+        found = {name: metadata[name].tree for name in arrays if metadata[name] is not None}
+        if lines := differences(_signature(found), _signature(arrays)):
             raise CheckpointError(
                 f"the checkpoint of step {step} in {self.folder} does not fit this net and optimizer "
                 "(saved → asked for):\n  " + "\n  ".join(lines)
             )
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, arrays)
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        arrays = self._manager.restore(step, args=items)["state"]
-        rng = jax.random.wrap_key_data(arrays.pop("rng"))
-        return template.replace(**arrays, rng=rng), run["progress"]
+        items = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
+        found = self._manager.restore(step, args=ocp.args.Composite(**items))
+        optimizer = found["optimizer"]
+        rng = jax.random.wrap_key_data(optimizer.pop("rng"))
+        return template.replace(**optimizer, **found["variables"], average=found.get("average"), rng=rng)
+
+    def variables(self, step: int, average: bool = True) -> Arrays:
+        """{"params", "batch_stats"} of the checkpoint of `step`, NumPy arrays; the average ones where there are any.
+
+        Raises:
+            CheckpointError: there is no such checkpoint.
+        """
+        if not (self.folder / str(step)).exists():
+            raise CheckpointError(f"{self.folder} holds no checkpoint of step {step}")
+        has_average = average and (self.folder / str(step) / "average").exists()
+        metadata = self._manager.item_metadata(step)
+        # Whatever devices it was saved from; an untrusted file can name only shapes and dtypes here.
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+        def read(name: str) -> Arrays:
+            abstract = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), metadata[name].tree
+            )
+            args = ocp.args.Composite(**{name: ocp.args.StandardRestore(abstract)})
+            return jax.tree.map(np.asarray, self._manager.restore(step, args=args)[name])
+
+        raw = read("variables")
+        if not has_average:
+            return raw
+        averaged = read("average")
+        return {kind: {**layers, **averaged[kind]} for kind, layers in raw.items()}
 
     def close(self) -> None:
         """Waits for the save under way and stops the background threads."""
@@ -141,10 +226,18 @@ class Checkpoints:
         return f"{kept}. Free some space and run the same command again"
 
 
-def _arrays(state: TrainState) -> Arrays:
-    """The pytree part of a state by field name; the key as its uint32 words, which every Orbax version stores."""
-    names = ("step", "params", "batch_stats", "opt_state")
-    return {name: getattr(state, name) for name in names} | {"rng": jax.random.key_data(state.rng)}
+def _arrays(state: TrainState) -> dict[str, Arrays]:
+    """The arrays of a state by item; the key as its uint32 words, which every Orbax version stores."""
+    items = {
+        "variables": {"params": state.params, "batch_stats": state.batch_stats},
+        "optimizer": {
+            "step": state.step,
+            "opt_state": state.opt_state,
+            "lr_scale": state.lr_scale,
+            "rng": jax.random.key_data(state.rng),
+        },
+    }
+    return items if state.average is None else items | {"average": state.average}
 
 
 def _signature(tree: Any) -> dict[str, str]:

@@ -12,26 +12,50 @@ import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import numpy as np
 
-from jaxft import masking, report
-from jaxft.data.augment import warp
-from jaxft.data.cache import Cache, no_room
+from jaxft import devices, masking, preprocess
+from jaxft.data import Augment, augment
+from jaxft.data.rows import CacheError, Rows, no_room
+from jaxft.predict import EvalStep, make_eval_step
+from jaxft.task import Task
 
 Prefix = jax.stages.Wrapped
 """Jitted: (variables, uint8 images [B, H, W, 3], None or the `row` of each) → what the last frozen stage gives."""
 
 
-def cut(net: Any, frozen: frozenset[str], weighted: Sequence[str]) -> str | None:
+class Wanted(NamedTuple):
+    """Features that a run reads: of which images, in which view.
+
+    Attributes:
+        inputs: what makes the inputs of the prefix, as JSON values, the view apart.
+        view: the number of an augmented view; None for the images as they are.
+        indices: the images, int [n].
+        examples: how many the dataset has.
+        batches: image indices, int [m] → their batches in order, as `loader.eval_batches` gives them.
+    """
+
+    inputs: Mapping[str, Any]
+    view: int | None
+    indices: np.ndarray
+    examples: int
+    batches: Callable[[np.ndarray], Iterator[dict[str, Any]]]
+
+
+def cut(net: Any, weighted: Sequence[str]) -> str | None:
     """The last stage of the longest prefix of `net` that is wholly frozen and the same in every pass; None if none is.
 
     A stage with active dropout ends the prefix. Auxiliary heads, which read inner stages, allow none.
+
+    Args:
+        net: its `frozen` field says what is.
+        weighted: the layers with weights, the keys of `params`.
     """
-    stage = masking.frozen_prefix(net, frozen, weighted)
+    stage = masking.frozen_prefix(net, net.frozen, weighted)
     if stage is None or getattr(net, "auxiliary", False):
         return None
     last = None
@@ -53,26 +77,37 @@ def make_prefix(
     net: nn.Module,
     stage: str | None,
     normalise: Callable[[jax.Array], jax.Array],
-    augmentation: Mapping[str, Any],
-    seed: int,
+    change: Augment | None = None,
+    seed: int = 0,
 ) -> Prefix:
     """The jitted net up to `stage`, None for preprocessing alone; images that come with rows are augmented by row."""
 
     @jax.jit
     def prefix(variables: Mapping[str, Any], images: jax.Array, rows: jax.Array | None) -> jax.Array:
-        if rows is not None:
-            images = warp(jax.random.key(seed), images, rows, **augmentation)
+        if rows is not None and change is not None:
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows)
+            images, _ = augment.one_by_one(change, keys, images, {})
         images = normalise(images)
         return images if stage is None else net.apply(variables, images, train=False)[1][stage]  # type: ignore[index]
 
     return prefix
 
 
+def eval_step(net: nn.Module, weighted: Sequence[str], preprocessing: str, task: Task) -> EvalStep:
+    """The eval step of a net: two programs where its first stages are frozen, so that cached features round alike."""
+    normalise, stage = preprocess.get(preprocessing), cut(net, weighted)
+    if stage is None:
+        return make_eval_step(net.apply, task.outputs, normalise)
+    prefix = make_prefix(net, stage, normalise)
+    rest = make_eval_step(net.apply, task.outputs, lambda x: x, stage)
+    return lambda variables, images: rest(variables, prefix(variables, images, None))
+
+
 def identity(net: nn.Module, variables: Mapping[str, Any], stage: str, **inputs: Any) -> dict[str, Any]:
     """What the features depend on, as JSON values; with the program that `open_cache` adds, to the bit.
 
     Args:
-        net, variables: the backbone and what fills it; weights behind `stage` do not count.
+        net, variables: the backbone and what fills it; weights after `stage` do not count.
         stage: where it is cut.
         inputs: what makes the inputs: the images, their size, preprocessing, augmentation and view.
     """
@@ -84,7 +119,7 @@ def identity(net: nn.Module, variables: Mapping[str, Any], stage: str, **inputs:
                 weights.update(f"{collection}/{layer}/{leaf}".encode())
                 weights.update(np.ascontiguousarray(value))
     found = {"net": type(net).__name__, "stage": stage, "weights": weights.hexdigest(), **inputs}
-    versions = report.versions()
+    versions = devices.versions()
     return json.loads(json.dumps(found | {"jax": versions["jaxlib"], "device": versions["device"]}))
 
 
@@ -96,7 +131,7 @@ def _until(stages: Mapping[str, Any], last: str) -> Iterator[tuple[str, Any]]:
 
 
 def seconds(compute: Callable[[], Any]) -> float:
-    """Of the second call; the first one compiles."""
+    """Seconds of the second call; the first one compiles."""
     jax.block_until_ready(compute())
     began = time.perf_counter()
     jax.block_until_ready(compute())
@@ -104,7 +139,7 @@ def seconds(compute: Callable[[], Any]) -> float:
 
 
 def write_rate(folder: pathlib.Path) -> float:
-    """Bytes a second that reach the disk of `folder`, of 32 MB."""
+    """Bytes a second that reach the disk of `folder`, measured with 32 MB."""
     folder.mkdir(parents=True, exist_ok=True)
     probe, content = folder / f"probe-{os.getpid()}", os.urandom(2**20)
     try:
@@ -119,7 +154,7 @@ def write_rate(folder: pathlib.Path) -> float:
         probe.unlink(missing_ok=True)
 
 
-def pays(caches: Sequence[Cache], uses: int, image_seconds: float) -> tuple[bool, str]:
+def pays(caches: Sequence[Rows], uses: int, image_seconds: float) -> tuple[bool, str]:
     """(whether the caches save time, a line that says why).
 
     Args:
@@ -142,22 +177,18 @@ def open_cache(
     prefix: Prefix,
     variables: Mapping[str, Any],
     identity: Mapping[str, Any],
-    batches: Callable[[np.ndarray], Iterator[dict[str, np.ndarray]]],
-    wanted: Mapping[int | None, np.ndarray],
+    wanted: Mapping[str, Wanted],
     *,
-    examples: int,
     uses: int,
     required: bool,
-) -> dict[int | None, Cache] | None:
-    """The features of every wanted view, computed where the disk does not hold them; None where that does not pay.
+) -> dict[str, Rows] | None:
+    """All wanted features, computed where the disk does not hold them; None where that does not pay.
 
     Args:
         prefix, variables: what computes them.
         identity: from the function of that name. The lowered program is added, so that features which another batch
             size or another version of jaxft gave, with other rounding, are not taken for these.
-        batches: image indices, int [m] → their batches in order, as `loader.eval_batches` gives them.
-        wanted: number of a view, None without augmentation → images, int [n].
-        examples: in the dataset.
+        wanted: by any name.
         uses: images that go through the prefix in the run without a cache.
         required: make the caches even where they do not pay.
 
@@ -165,38 +196,51 @@ def open_cache(
         OSError: they are required and do not fit on the disk, or it cannot be written to.
     """
 
-    def inputs(view: int | None, batch: dict[str, np.ndarray]) -> tuple[Any, Any]:
-        return batch["image"], None if view is None else row(view, batch["index"], examples)
+    def inputs(of: Wanted, batch: dict[str, Any]) -> tuple[Any, Any]:
+        return batch["image"], None if of.view is None else row(of.view, batch["index"], of.examples)
 
-    def compute(view: int | None, indices: np.ndarray) -> Iterator[np.ndarray]:
-        for batch in batches(indices):
-            yield np.asarray(prefix(variables, *inputs(view, batch)))[batch["weight"] > 0]
+    def compute(of: Wanted, indices: np.ndarray) -> Iterator[np.ndarray]:
+        for batch in of.batches(indices):
+            yield np.asarray(prefix(variables, *inputs(of, batch)))[batch["real"]]
 
-    first_view, first_indices = next(iter(wanted.items()))
-    first = inputs(first_view, next(iter(batches(first_indices))))
-    lowered = prefix.lower(variables, *first)
-    like, program = lowered.out_info, hashlib.sha256(lowered.as_text().encode()).hexdigest()
-    name, identity = f"{identity['net'].lower()}-{identity['stage']}", {**identity, "program": program}
-    caches = {
-        view: Cache("features", name, {**identity, "view": view}, indices, like.shape[1:], like.dtype)
-        for view, indices in wanted.items()
-    }
-    try:
-        if reason := no_room(caches.values()):
-            raise OSError(reason)
-        if not required and any(cache.missing() for cache in caches.values()):
+    caches, first = {}, None
+    for name, of in wanted.items():
+        batch = inputs(of, next(iter(of.batches(of.indices))))
+        lowered = prefix.lower(variables, *batch)
+        first, like = first or batch, lowered.out_info
+        program = hashlib.sha256(lowered.as_text().encode()).hexdigest()
+        found = {**identity, **of.inputs, "program": program, "view": of.view}
+        caches[name] = Rows(
+            "features", f"{identity['net'].lower()}-{identity['stage']}", found, of.indices, like.shape[1:], like.dtype
+        )
+    assert first is not None
+    if not required:
+        if any(cache.missing() for cache in caches.values()):
             image_seconds = seconds(lambda: prefix(variables, *first)) / len(first[0])
-            worth_it, why = pays(list(caches.values()), uses, image_seconds)
+            worth_it, why = _pays_here(list(caches.values()), uses, image_seconds)
             print(f"feature cache {'on' if worth_it else 'off'}: {why}", flush=True)
             if not worth_it:
                 return None
-        size, folder = sum(cache.bytes for cache in caches.values()) / 1e6, caches[first_view].folder.parent
-        print(f"features of {identity['stage']!r} come from {folder} ({size:.0f} MB)", flush=True)
-        for view, cache in caches.items():
-            cache.fill(partial(compute, view))
-    except OSError as error:
-        if required:
-            raise
-        print(f"feature cache off: {error}", flush=True)
-        return None
+    elif reason := no_room(caches.values()):
+        raise OSError(reason)
+    size, folder = sum(cache.bytes for cache in caches.values()) / 1e6, next(iter(caches.values())).folder.parent
+    print(f"features of {identity['stage']!r} come from {folder} ({size:.0f} MB)", flush=True)
+    for name, cache in caches.items():
+        try:
+            cache.fill(partial(compute, wanted[name]))
+        except CacheError as error:
+            if required:
+                raise
+            print(f"feature cache off: {error}", flush=True)
+            return None
     return caches
+
+
+def _pays_here(caches: Sequence[Rows], uses: int, image_seconds: float) -> tuple[bool, str]:
+    """As `pays`; a disk that is full or cannot be written to pays never."""
+    if reason := no_room(caches):
+        return False, reason
+    try:
+        return pays(caches, uses, image_seconds)
+    except OSError as error:  # of the probe's writing: nothing else is read or written here
+        return False, str(error)

@@ -1,167 +1,241 @@
-"""What the steps of a run are fed: images or features from where they lie, and the programs that take them."""
+"""What the steps of a phase are fed: images or features from where they lie, and the programs that take them."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from jaxft import features, predict, train
-from jaxft.data import Dataset, loader
-from jaxft.data.augment import warp
-from jaxft.data.cache import Cache
-from jaxft.predict import Batch, Predictions
-from jaxft.preprocess import PREPROCESSING
+from jaxft import devices, features, preprocess, runs, train
+from jaxft.data import Images, Inputs, loader
+from jaxft.data.rows import Rows
+from jaxft.predict import Batch, Predictions, Variables, evaluate, make_eval_step
+from jaxft.task import Task
+from jaxft.train import Dispatch
 from jaxft.train_state import TrainState
 
 AT_ONCE = 16  # steps in one dispatch, where features are vectors: a small dense layer takes less time than a dispatch
 
 
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """One of a run's two sets of images, and where they come from.
+
+    Attributes:
+        inputs: of the set.
+        images: what batches are made of; None where `rows` has them on the device, or nobody needs them.
+        rows: the decoded images, on the device.
+    """
+
+    inputs: Inputs
+    images: Images | None
+    rows: Rows | None = None
+
+    def fill(self, batch: Batch) -> Batch:
+        """The batch with images that lie on the device."""
+        return batch | {"image": self.rows.take(batch["index"])} if self.rows else batch
+
+    def batches(self, indices: np.ndarray) -> Iterator[Batch]:
+        """Evaluation batches of the images `indices`, int [n]."""
+        inputs = dataclasses.replace(self.inputs, indices=indices)
+        return map(self.fill, loader.eval_batches(inputs, self.images, process=devices.process()))
+
+
 class Feed(NamedTuple):
-    """A run's train step, and what it and the evaluation take.
+    """A phase's train step, and what it and the evaluation take.
 
     Attributes:
         train_step: takes a batch, or several, leaves [K, B, …], as `train.several` does.
-        batches: first step → what `train_step` takes from there on; several batches never cross a save.
-        evaluate: state → predictions on the held-out images.
-        cache: number of a view → its features; None where each step computes them.
+        dispatches: (first step, step after the last) → what `train_step` takes; several batches never cross a save.
+        evaluate: {"params", "batch_stats"} → predictions on the held-out images.
+        cache: name → features; None where each step computes them.
     """
 
     train_step: train.TrainStep
-    batches: Callable[[int], Iterator[Batch]]
-    evaluate: Callable[[TrainState], Predictions]
-    cache: Mapping[int | None, Cache] | None
+    dispatches: Callable[[int, int], Iterator[Dispatch]]
+    evaluate: Callable[[Variables], Predictions]
+    cache: Mapping[str, Rows] | None
+
+
+def decode(train: Inputs, held_out: Inputs) -> tuple[Side, Side]:
+    """Decodes what is to be decoded once; both sides share a file where they are of one dataset, size and decoding.
+
+    Several processes decode their own rows of each batch; one decodes all once, and holds them where they fit.
+
+    Raises:
+        ValueError: an image cannot be decoded, by name.
+    """
+    if jax.process_count() > 1:
+        return Side(train, train.dataset.images), Side(held_out, held_out.dataset.images)
+    if _alike(train, held_out):
+        shared = loader.decode_once([train, held_out])
+        return _side(train, shared), _side(held_out, shared)
+    return _side(train, loader.decode_once([train])), _side(held_out, loader.decode_once([held_out]))
+
+
+def _alike(train: Inputs, held_out: Inputs) -> bool:
+    """Whether both take images of one dataset in the same way."""
+    same = ("image_size", "scaled_decode", "batch_size")
+    return train.dataset is held_out.dataset and all(getattr(train, x) == getattr(held_out, x) for x in same)
+
+
+def _side(inputs: Inputs, rows: Rows | None) -> Side:
+    if rows is None:
+        return Side(inputs, inputs.dataset.images)
+    if rows.on_device():
+        return Side(inputs, None, rows)
+    return Side(inputs, loader.Decoded(rows, len(inputs.dataset)))
 
 
 def make(
-    net: nn.Module,
-    variables: Mapping[str, Any],
-    state: TrainState,
-    dataset: Dataset,
-    train_indices: np.ndarray,
-    test_indices: np.ndarray,
-    *,
-    frozen: frozenset[str],
+    net: Any,
     preprocessing: str,
-    augmentation: Mapping[str, Any],
-    epochs: int,
-    batch_size: int,
-    image_size: tuple[int, int],
-    seed: int = 0,
-    label_smoothing: float = 0.0,
-    save_every: int | None = None,
-    views: int | None = None,
-    cache_features: str = "auto",
-    scaled_decode: bool = False,
+    task: Task,
+    state: TrainState,
+    sides: tuple[Side, Side],
+    run: runs.Run,
+    epochs: range,
+    mesh: Mesh,
 ) -> Feed:
-    """Decodes what is to be decoded once, and computes what is to be computed once.
+    """Makes the programs of a phase, and computes once what is to be computed once.
 
-    The arguments are those of `finetune.finetune`; `variables` are on the host and the `state` on the devices.
+    Args:
+        net: of the phase, its frozen layers named.
+        preprocessing, task: of the model and the run.
+        state: at the start of the phase, on the devices.
+        sides: training and held out, from `decode`.
+        run: for its seed, its saves and its cache policy.
+        epochs: numbers of the run's epochs that the phase takes, from 0.
+        mesh: the devices that share each batch.
 
     Raises:
         ValueError: an image cannot be decoded, or features are to be cached that do not repeat.
         OSError: features are to be cached, and do not fit on the disk.
     """
-    steps_per_epoch = loader.steps_per_epoch(len(train_indices), batch_size)
-    mesh = predict.data_mesh()
-    normalise = PREPROCESSING[preprocessing]
-    augmentation = {option: value for option, value in augmentation.items() if value}
-    views = views if augmentation else None
-    hosts = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    whole = {"batch_size": batch_size, "image_size": image_size, "scaled": scaled_decode, **hosts}
-
-    # Where the inputs of frozen stages repeat, a step is two programs: up to `stage`, and what follows. Of views on a
-    # net without such stages, the first one augments.
-    stage = features.cut(net, frozen, list(variables["params"])) if views or not augmentation else None
-    if stage is None and cache_features == "on":
+    train_side, held_out = sides
+    inputs, weighted, outputs = train_side.inputs, list(state.params), len(train_side.inputs.dataset.classes)
+    repeats = inputs.mix is None and (inputs.augment is None or inputs.views is not None)
+    stage = features.cut(net, weighted) if repeats else None
+    if stage is None and run.cache_features == "on":
         raise ValueError(
             "cache_features=on needs a first stage that is wholly frozen, without dropout or auxiliary heads, and "
-            "inputs that repeat: a fixed number of views, or no augmentation"
+            "inputs that repeat: no mixing, and a fixed number of views or no augmentation"
         )
-
-    # Several processes decode their own rows of each batch; one decodes all once, and holds them where they fit.
-    images, held = dataset, None
-    if jax.process_count() == 1:
-        used = np.union1d(train_indices, test_indices)
-        held = loader.decode_once(dataset, used, image_size, scaled=scaled_decode)
-        if held and held.on_device():
-            whole["image_size"] = None
-        elif held:
-            images, held = dataclasses.replace(dataset, images=loader.Decoded(held, len(dataset))), None
-
-    def with_images(batch: Batch) -> Batch:
-        return batch | {"image": held.take(batch["index"])} if held else batch
-
-    cache, at_once = None, 1
-    if stage is None and not views:
-        train_step = train.make_train_step(lambda key, x: normalise(warp(key, x, **augmentation)), label_smoothing)
-        eval_step = predict.make_eval_step(normalise)
+    eval_step, views, cache, at_once = features.eval_step(net, weighted, preprocessing, task), None, None, 1
+    if stage is None and inputs.views is None:
+        step = train.make_train_step(task, outputs, _prepare(inputs, preprocessing))
     else:
-        prefix = features.make_prefix(net, stage, normalise, augmentation, seed)
-        behind = train.make_train_step(lambda _, x: x, label_smoothing, stage)
-        eval_behind = predict.make_eval_step(lambda x: x, stage)
-        if stage and cache_features != "off" and jax.process_count() == 1:
-            inputs = {"data": dataset.fingerprint, "size": image_size, "scaled": scaled_decode}
-            augmented = {view: train_indices for view in range(min(views or 0, epochs))} | {None: test_indices}
-            cache = features.open_cache(
-                prefix,
-                state.variables(),  # on the device
-                features.identity(
-                    net,
-                    variables,
-                    stage,
-                    **inputs,
-                    preprocessing=preprocessing,
-                    augmentation=augmentation,
-                    seed=seed,
-                ),
-                lambda indices: map(with_images, loader.eval_batches(images, indices, **whole)),
-                augmented if views else {None: np.union1d(train_indices, test_indices)},
-                examples=len(dataset),
-                uses=epochs * (steps_per_epoch * batch_size + len(test_indices)),
-                required=cache_features == "on",
-            )
+        # A step is two programs: up to `stage`, and what follows. Of views on a net without frozen stages, the first
+        # one augments alone.
+        views = inputs.views
+        prefix = features.make_prefix(net, stage, preprocess.get(preprocessing), inputs.augment, run.seed)
+        rest = train.make_train_step(task, outputs, lambda key, x, labels: (x, labels), stage)
+        if stage and run.cache_features != "off" and jax.process_count() == 1:
+            cache = _open_cache(net, preprocessing, stage, prefix, state, sides, run, epochs)
         if cache:
-            eval_step = eval_behind
-            whole["image_size"], held, images = None, None, dataset  # the device's memory is for the features
-            at_once = steps_at_once(cache[None].shape)
-            train_step = train.several(behind) if at_once > 1 else behind
+            eval_step = make_eval_step(net.apply, task.outputs, lambda x: x, stage)
+            sides = train_side, held_out = [Side(side.inputs, None) for side in sides]  # memory is for the features
+            at_once = steps_at_once(cache["held out"].shape)
+            step = train.several(rest) if at_once > 1 else rest
         else:
 
-            def train_step(state: TrainState, batch: Batch) -> Any:
-                return behind(state, batch | {"image": prefix(state.variables(), batch["image"], batch.get("row"))})
+            def step(state: TrainState, batch: Batch) -> Any:
+                rows = batch.get("row")
+                return rest(state, batch | {"image": prefix(state.variables(), batch["image"], rows)})
 
-            def eval_step(state: TrainState, images: jax.Array) -> jax.Array:
-                return eval_behind(state, prefix(state.variables(), images, None))
-
-    def with_features(view: int | None, batch: Batch) -> Batch:
+    def with_images(batch: Batch, view: int | None) -> Batch:
         if cache:
-            return batch | {"image": cache[view].take(batch["index"])}
-        batch = with_images(batch)
-        return batch if view is None else batch | {"row": features.row(view, batch["index"], len(dataset))}
+            return batch | {"image": cache[_name(view)].take(batch["index"])}
+        batch = train_side.fill(batch)
+        return batch if view is None else batch | {"row": features.row(view, batch["index"], len(inputs.dataset))}
 
-    def batches(first_step: int) -> Iterator[Batch]:
-        step, last = first_step, epochs * steps_per_epoch
+    def dispatches(first: int, last: int) -> Iterator[Dispatch]:
         plain = loader.train_batches(
-            images, train_indices, seed=seed, start_step=first_step, num_steps=last - first_step, **whole
+            inputs,
+            train_side.images,
+            seed=run.seed,
+            start_step=first,
+            num_steps=last - first,
+            process=devices.process(),
         )
+        step = first
         while step < last:
-            view = step // steps_per_epoch % views if views else None
-            if at_once == 1:
-                batch, count = next(plain), 1
-            else:
-                count = min(at_once, *(period - step % period for period in (steps_per_epoch, save_every) if period))
-                batch = several(plain, count)
-            yield with_features(view, batch)
+            view = step // inputs.steps_per_epoch % views if views else None
+            count = 1
+            if at_once > 1:
+                periods = [period for period in (inputs.steps_per_epoch, run.save_every) if period]
+                count = min(at_once, last - step, *(period - step % period for period in periods))
+            batch = next(plain) if at_once == 1 else several(plain, count)
+            yield Dispatch(with_images(batch, view), count, at_once > 1)
             step += count
 
-    def evaluate(state: TrainState) -> Predictions:
-        held_out = loader.eval_batches(images, test_indices, **whole)
-        return predict.evaluate(state, eval_step, (with_features(None, batch) for batch in held_out), mesh)
+    def evaluated(variables: Variables) -> Predictions:
+        batches = held_out.batches(held_out.inputs.indices)
+        if cache:
+            batches = (batch | {"image": cache["held out"].take(batch["index"])} for batch in batches)
+        return evaluate(eval_step, variables, batches, mesh, len(held_out.inputs))
 
-    return Feed(train_step, batches, evaluate, cache)
+    return Feed(step, dispatches, evaluated, cache)
+
+
+def _prepare(inputs: Inputs, preprocessing: str) -> train.Prepare:
+    """Augmentation, mixing and preprocessing, of whole batches."""
+    normalise = preprocess.get(preprocessing)
+
+    def prepare(key: jax.Array, images: jax.Array, labels: train.Labels) -> tuple[jax.Array, train.Labels]:
+        keys = jax.random.split(key)
+        for change, its_key in zip((inputs.augment, inputs.mix), keys, strict=True):
+            if change is not None:
+                images, labels = change(its_key, images.astype(jnp.float32), labels)
+        return normalise(images), labels
+
+    return prepare
+
+
+def _name(view: int | None) -> str:
+    return "train" if view is None else f"view {view}"
+
+
+def _open_cache(
+    net: Any,
+    preprocessing: str,
+    stage: str,
+    prefix: features.Prefix,
+    state: TrainState,
+    sides: tuple[Side, Side],
+    run: runs.Run,
+    epochs: range,
+) -> dict[str, Rows] | None:
+    """The features of both sides by name: `_name` of a view, and "held out"; in one file where both sides are alike."""
+    train_side, held_out = sides
+    views = train_side.inputs.views
+
+    def wanted(side: Side, view: int | None, indices: np.ndarray) -> features.Wanted:
+        inputs = side.inputs
+        made = {"data": inputs.dataset.fingerprint, "size": inputs.image_size, "scaled": inputs.scaled_decode}
+        if view is not None:
+            made |= {"augment": runs.describe(inputs.augment), "seed": run.seed}
+        return features.Wanted(made, view, indices, len(inputs.dataset), side.batches)
+
+    if views is None and _alike(train_side.inputs, held_out.inputs):
+        both = np.union1d(train_side.inputs.indices, held_out.inputs.indices)
+        caches = {"train": wanted(train_side, None, both)}
+    else:
+        numbers = [None] if views is None else sorted({epoch % views for epoch in epochs})
+        caches = {_name(view): wanted(train_side, view, train_side.inputs.indices) for view in numbers}
+        caches["held out"] = wanted(held_out, None, held_out.inputs.indices)
+    identity = features.identity(net, jax.device_get(state.variables()), stage, preprocessing=preprocessing)
+    inputs = train_side.inputs
+    uses = len(epochs) * (inputs.steps_per_epoch * inputs.batch_size + len(held_out.inputs))
+    opened = features.open_cache(
+        prefix, state.variables(), identity, caches, uses=uses, required=run.cache_features == "on"
+    )
+    if opened is not None and "held out" not in opened:
+        opened["held out"] = opened["train"]
+    return opened
 
 
 def steps_at_once(shape: tuple[int, ...]) -> int:

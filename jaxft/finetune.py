@@ -1,33 +1,29 @@
-"""One fine-tuning run in a folder, from a dataset and a ported net to predictions, pictures and a summary."""
+"""One fine-tuning run in a folder: phase after phase, to a model, its predictions, pictures and a summary."""
 
-import json
+import dataclasses
 import pathlib
-import resource
 import statistics
-import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 
-from jaxft import feed, fetch, files, masking, nets, port_weights, predict, report, train, train_state
-from jaxft.checkpoint import CheckpointError, Checkpoints, differences
-from jaxft.data import Dataset, decode, loader
-from jaxft.data.augment import warp
-from jaxft.pretrained import Weights
+from jaxft import devices, feed, fetch, files, masking, report, runs, train_state
+from jaxft import task as tasks
+from jaxft.checkpoint import Checkpoints
+from jaxft.data import Inputs, decode, overlap
+from jaxft.model import Model
+from jaxft.phase import Phase
+from jaxft.predict import Predictions
+from jaxft.runs import Run
+from jaxft.task import Task
+from jaxft.train import Plan, Progress, fit
+from jaxft.train_state import TrainState
 
-
-def compute_dtype(name: str) -> Any:
-    """`auto` → bfloat16 on a GPU or TPU, float32 on a CPU, which has no fast bfloat16; else the dtype of that name."""
-    if name == "auto":
-        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    return jnp.dtype(name)
+SHOWN = (240, 320)  # pixels of the images in the pictures of a run
 
 
 def keep_programs() -> pathlib.Path:
@@ -42,235 +38,267 @@ def keep_programs() -> pathlib.Path:
     return folder
 
 
-def start_from(
-    name: str,
-    weights: Weights,
-    num_classes: int,
-    *,
-    freeze: str = "none",
-    image_size: tuple[int, int],
-    dtype: Any = jnp.float32,
-    seed: int = 0,
-    order: str = "auto",
-    **options: Any,
-) -> tuple[nn.Module, dict[str, Any], frozenset[str]]:
-    """A net for a new task, filled from a weight file, and what of it is frozen.
-
-    Args:
-        name: of the net in the zoo.
-        weights: from `pretrained.resolve`; without a file every layer starts from random values.
-        num_classes: width of the new last layer.
-        freeze: a specification, as in `masking.frozen_layers`.
-        image_size: (height, width) of the images to come.
-        dtype: of the computation.
-        seed: of layers that the file does not fill.
-        order: kernel ordering of the file, as in `port_weights.load`.
-        options: further fields of the net's class, `head` say.
-
-    Returns:
-        (net, variables, names of the frozen layers).
-
-    Raises:
-        ValueError: as `nets.create`, `port_weights.load` and `masking.frozen_layers`.
-    """
-    net = nets.create(name, num_classes, dtype=dtype, **options)
-    if weights.path is None:
-        variables = nets.init(net, image_size, seed)
-        print(f"{name} starts from random weights (seed {seed})")
-    else:
-        variables, ported = port_weights.load(
-            name, weights.path, num_classes=num_classes, order=order, seed=seed, ignore=weights.ignore, **options
-        )
-        print(ported)
-    frozen = masking.frozen_layers(net, freeze, variables["params"])
-    return net.clone(frozen=frozen), variables, frozen
-
-
-def claim(workdir: pathlib.Path, config: dict[str, Any]) -> None:
-    """Makes `workdir` the folder of the run of `config` (JSON values), or finds that it already is.
-
-    Raises:
-        ValueError: it belongs to a run of another configuration; the message shows the differences.
-        OSError: it cannot be created or written to.
-    """
-    config = json.loads(json.dumps(config))
-    file = workdir / "config.json"
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        if not file.exists():
-            files.write_json(file, config)
-    except OSError as error:
-        raise OSError(f"the workdir {workdir} cannot be written to ({error}); choose another with --workdir") from error
-    if lines := differences(json.loads(file.read_text()), config):
-        raise ValueError(
-            f"{workdir} holds a run of another configuration (there → asked for):\n  "
-            + "\n  ".join(lines)
-            + "\nGive the same settings to resume it, or another --workdir."
-        )
-
-
 def finetune(
-    net: nn.Module,
-    variables: dict[str, Any],
-    dataset: Dataset,
-    train_indices: np.ndarray,
-    test_indices: np.ndarray,
+    model: Model,
+    task: Task,
+    train: Inputs,
+    held_out: Inputs,
+    phases: Sequence[Phase],
+    run: Run,
     *,
-    workdir: pathlib.Path,
-    config: dict[str, Any],
-    frozen: frozenset[str],
-    preprocessing: str,
-    augmentation: Mapping[str, Any],
-    tx: optax.GradientTransformation,
-    schedule: optax.Schedule,
-    epochs: int,
-    batch_size: int,
-    image_size: tuple[int, int],
-    seed: int = 0,
-    label_smoothing: float = 0.0,
-    clip_norm: float | None = None,
-    save_every: int | None = None,
-    views: int | None = None,
-    cache_features: str = "auto",
-    scaled_decode: bool = False,
-) -> tuple[train_state.TrainState, dict[str, Any]]:
-    """Trains, or goes on training, and leaves everything about the run in `workdir`.
+    config: Mapping[str, Any] | None = None,
+) -> tuple[Model, Predictions]:
+    """Trains, or goes on training, and leaves everything about the run in its folder.
 
-    That is `config.json`, `history.csv`, `checkpoints/`, `predictions.csv` (the held-out images), `summary.json`,
-    `learning_curves.png`, `confusion_matrix.png`, `worst_mistakes.png` and `augmentation.png`.
+    That is `config.json` (all that the result depends on), `history.csv`, `checkpoints/`, `model.json` (`model.open`
+    reads the folder), `predictions.csv` of the held-out images, `summary.json`, and the pictures of `report`.
 
     Args:
-        net, variables: the backbone, and its `params` and `batch_stats` before the first update.
-        dataset: labelled images; `train_indices` and `test_indices` say which are trained on and which are held out.
-        workdir: the run's folder; with the same `config` (JSON values) it is resumed, with another it is refused.
-        frozen: names of the frozen layers.
-        preprocessing: name of the function of `jaxft.preprocess` that the weights expect.
-        augmentation: options of `augment.warp`, all zero or none for no augmentation.
-        tx, schedule: the optimizer of trainable layers, and its learning rate for the record.
-        epochs, batch_size, image_size: the run's length, images a step, (height, width) in pixels.
-        seed: of the order of images, augmentation and dropout.
-        label_smoothing, clip_norm: see `train.cross_entropy` and `train_state.create`.
-        save_every: steps between checkpoints beside those at the end of each epoch.
-        views: number of fixed augmented views of each image, which epochs take in turn; None augments anew every time.
-        cache_features: on, off or auto: keep what the frozen prefix gives on disk; auto does where that saves time. It
-            changes no loss. Needs inputs that repeat, so no augmentation or fixed views.
-        scaled_decode: see `decode.rgb`.
+        model: where training starts; it stays as it is, and can be used again.
+        task: what a label is, what is minimised and measured.
+        train: the images to train on.
+        held_out: the images to judge by, which are never trained on.
+        phases: one after another; each says what is frozen, the optimizer, its rates and its epochs.
+        run: the folder, the seed, and which state the run ends with.
+        config: settings of the caller, JSON values, for the record.
 
     Returns:
-        (the last state, the summary).
+        (the trained model: the best or the last state, by `run.keep`; its predictions on the held-out images).
 
     Raises:
-        ValueError, OSError, CheckpointError, train.Diverged, train.Stopped: as `claim` and `train.fit`.
+        ValueError: what was given does not fit together, or the folder belongs to a run of other settings.
+        OSError, CheckpointError: the folder cannot be written to, or has no room.
+        train.Diverged, train.Stopped, train.OutOfMemory: as `train.fit`.
     """
     began = time.perf_counter()
-    steps_per_epoch = loader.steps_per_epoch(len(train_indices), batch_size)
-    claim(workdir, config)
-    print(f"compiled programs are kept in {keep_programs()}", flush=True)
-    mesh = predict.data_mesh()
-    state = train_state.create(net, variables, tx, frozen=frozen, clip_norm=clip_norm, seed=seed)
-    state = predict.replicate(state, mesh)
-    latest: dict[int, predict.Predictions] = {}  # step → predictions, so that the last state is not judged twice
+    nets = _check(model, task, train, held_out, phases)
+    runs.require_writable(run.folder)
+    record = runs.record(model, task, train, held_out, phases, run, config or {})
+    keep_programs()
+    goal = dataclasses.replace(
+        model,
+        task=task,
+        classes=held_out.dataset.classes,
+        image_size=held_out.image_size,
+        batch_size=held_out.batch_size,
+        scaled_decode=held_out.scaled_decode,
+    )
+    with closing(Checkpoints(run.folder / "checkpoints", record)) as checkpoints:
+        progress = _resume(run, record, checkpoints, phases)
+        kept = _train(goal, nets, (train, held_out), phases, run, checkpoints, progress)
+        ended, predictions, row = _end(goal, nets, held_out, run, checkpoints, progress, kept)
+    if devices.is_writer():
+        report.write_predictions(run.folder / "predictions.csv", predictions, held_out.dataset)
+        _pictures(run, task, train, held_out, predictions, progress.history)
+        summary = _summary(task, predictions, progress, row, (train, held_out), record)
+        summary["kept"] = {"which": run.keep, "epoch": row["epoch"], "step": row["step"]}
+        summary["seconds_in_this_process"] = round(time.perf_counter() - began, 1)
+        files.write_json(run.folder / "summary.json", summary)
+    devices.barrier("the run is written")
+    return ended, predictions
 
-    with closing(Checkpoints(workdir / "checkpoints", config)) as checkpoints:
-        if checkpoints.latest() is None:
-            checkpoints.require_room(state, 3)  # the best, the last, and the one being written
-        fed = feed.make(
-            net,
-            variables,
-            state,
-            dataset,
-            train_indices,
-            test_indices,
-            frozen=frozen,
-            preprocessing=preprocessing,
-            augmentation=augmentation,
-            epochs=epochs,
-            batch_size=batch_size,
-            image_size=image_size,
-            seed=seed,
-            label_smoothing=label_smoothing,
-            save_every=save_every,
-            views=views,
-            cache_features=cache_features,
-            scaled_decode=scaled_decode,
+
+def _say(line: str) -> None:
+    if devices.is_writer():
+        print(line, flush=True)
+
+
+def _check(model: Model, task: Task, train: Inputs, held_out: Inputs, phases: Sequence[Phase]) -> list[Any]:
+    """The net of each phase, its frozen layers named; refuses what does not fit together before anything is done."""
+    for name, value, kind in (
+        ("model", model, Model),
+        ("task", task, Task),
+        ("train", train, Inputs),
+        ("held_out", held_out, Inputs),
+    ):
+        if not isinstance(value, kind):
+            raise ValueError(f"{name} is a {type(value).__name__}, expected a {kind.__module__}.{kind.__qualname__}")
+    if not phases or not all(isinstance(phase, Phase) for phase in phases):
+        raise ValueError(f"phases={phases!r} must be one Phase or more, in a list")
+    for inputs, name in ((train, "train"), (held_out, "held_out")):
+        tasks.check(task, inputs.dataset, model.net.num_classes)
+        if not inputs.dataset.known[inputs.indices].any():
+            raise ValueError(f"no label of the images of {name} is known; give images with labels")
+        if inputs.batch_size % jax.device_count():
+            raise ValueError(
+                f"the batch_size of {name}, {inputs.batch_size}, does not divide over {jax.device_count()} devices; "
+                f"use a multiple of {jax.device_count()}"
+            )
+    if train.dataset.classes != held_out.dataset.classes:
+        raise ValueError(
+            f"the classes of train, {', '.join(train.dataset.classes)}, are not those of held_out, "
+            f"{', '.join(held_out.dataset.classes)}; give both the same, in the same order"
         )
+    train.steps_per_epoch  # noqa: B018 - raises for a batch that is larger than the set
+    for warning in overlap(train, held_out):
+        _say(f"WARNING: {warning}")
+    params = model.variables["params"]
+    return [model.net.clone(frozen=masking.frozen_layers(model.net, phase.frozen, params)) for phase in phases]
 
-        def evaluate(state: train_state.TrainState) -> predict.Predictions:
-            latest[int(state.step)] = fed.evaluate(state)
-            return latest[int(state.step)]
 
-        shown = train_indices[np.linspace(0, len(train_indices) - 1, report.COLUMNS, dtype=int)]
-        sample = np.stack(
-            [decode.rgb(dataset.images[i], image_size, dataset.names[i], scaled=scaled_decode) for i in shown]
+def _resume(run: Run, record: dict[str, Any], checkpoints: Checkpoints, phases: Sequence[Phase]) -> Progress:
+    """Where the run is; refuses a folder of another run."""
+    step = checkpoints.latest()
+    if step is None:
+        return Progress()
+    saved = checkpoints.run(step)
+    progress = Progress(**saved["progress"])
+    last = sum(row["phase"] == len(phases) for row in progress.history)
+    runs.require_same(run.folder, saved["record"], record, last)
+    _say(f"{run.folder} holds this run up to step {step} ({len(progress.history)} whole epochs); it goes on from there")
+    return progress
+
+
+def _train(
+    goal: Model,
+    nets: Sequence[Any],
+    inputs: tuple[Inputs, Inputs],
+    phases: Sequence[Phase],
+    run: Run,
+    checkpoints: Checkpoints,
+    progress: Progress,
+) -> dict[int, Predictions]:
+    """Trains what is left of every phase; → step → held-out predictions of the epochs that ran in this process."""
+    mesh, kept, state, sides = devices.mesh(), {}, None, None
+    task, per_epoch = goal.task, inputs[0].steps_per_epoch
+    assert task is not None
+    for number, (phase, net) in enumerate(zip(phases, nets, strict=True)):
+        monitor = f"{'val' if phase.average is None else 'average'}_{task.monitor}"
+        plan = Plan(
+            phase, number, per_epoch, inputs[0].batch_size, monitor, task.best, run.save_every, mesh, net is nets[-1]
         )
-        report.sample_augmentations(
-            workdir / "augmentation.png", sample, warp(jax.random.key(seed), sample, **augmentation)
-        )
-        state, history = train.fit(
-            state,
-            fed.train_step,
-            fed.batches,
-            evaluate,
-            epochs=epochs,
-            steps_per_epoch=steps_per_epoch,
-            schedule=schedule,
-            checkpoints=checkpoints,
-            history_file=workdir / "history.csv",
-            mesh=mesh,
-            save_every=save_every,
-            report=print_epoch,
-        )
-        predictions = latest.get(int(state.step)) or evaluate(state)
+        if number < progress.phase or (net is nets[-1] and plan.over(progress.history)):
+            continue
+        if sides is None:
+            sides = feed.decode(*inputs)
+            runs.write_record(run.folder, record=checkpoints.record or {}, model=goal.trained() | {"keep": run.keep})
+        if number > progress.phase:
+            progress.phase, progress.sums = number, {}
+        progress.frozen = sorted(net.frozen)
+        state = _start(goal, net, phase, state, run, checkpoints, mesh)
+        first = plan.first_step(progress.history) // per_epoch
+        epochs = range(first, first + phase.epochs)
+        fed = feed.make(net, goal.preprocessing, task, state, sides, run, epochs, mesh)
+        if len(phases) > 1:
+            frozen = f"{phase.frozen} frozen, " if net.frozen else ""
+            _say(f"phase {number + 1} of {len(phases)}: {frozen}{phase.epochs} epochs")
 
-    rates = [row["images_per_second"] for row in history if row["images_per_second"]]
-    best = min(history, key=lambda row: row["val_loss"])
-    summary = {
-        "accuracy": predictions.accuracy(),
-        "log_loss": predictions.log_loss(),
-        "best_epoch": {name: best[name] for name in ("epoch", "val_accuracy", "val_loss")},
-        "images": {"train": len(train_indices), "held_out": len(test_indices)},
-        "epochs": epochs,
-        "steps": int(state.step),
-        "images_per_second": statistics.median(rates) if rates else None,
-        "seconds_in_this_process": round(time.perf_counter() - began, 1),
-        "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
-        "config": config,
-        "versions": report.versions(),
-    }
-    if jax.process_index() == 0:
-        names, classes = dataset.names, dataset.classes
-        report.write_predictions(workdir / "predictions.csv", predictions, names, classes)
-        report.learning_curves(workdir / "learning_curves.png", history)
-        report.confusion_matrix(workdir / "confusion_matrix.png", predictions, classes)
-        report.worst_mistakes(
-            workdir / "worst_mistakes.png",
-            predictions,
-            lambda index: decode.rgb(dataset.images[index], (240, 320), names[index]),
-            names,
-            classes,
-        )
-        files.write_json(workdir / "summary.json", summary)
-    return state, summary
+        def judge(state: TrainState, row: dict[str, Any], fed: feed.Feed = fed) -> None:
+            found = None
+            for column, average in (("val", False), ("average", True))[: 1 if state.average is None else 2]:
+                found = fed.evaluate(state.variables(average))
+                row |= {f"{column}_{name}": value for name, value in task.metrics(found).items()}
+            assert found is not None
+            kept[row["step"]] = found
+            runs.write_history(run.folder / "history.csv", [*progress.history, row])
+            _say(epoch_line(row, task))
+
+        state = fit(state, fed.train_step, fed.dispatches, plan, progress, checkpoints, judge)
+    if state is None:
+        _say(f"nothing is left to train: all {len(progress.history)} epochs are done")
+    return kept
 
 
-def print_epoch(row: dict[str, float]) -> None:
-    """One line for an epoch of the history."""
-    print(
-        f"epoch {row['epoch']:3d}  step {row['step']:6d}  lr {row['lr']:.2e}  "
-        f"train loss {row['train_loss']:.4f} accuracy {row['train_accuracy']:.1%}  "
-        f"held out loss {row['val_loss']:.4f} accuracy {row['val_accuracy']:.1%}  "
-        f"{row['images_per_second'] or float('nan'):.1f} images/s",
-        flush=True,
+def _start(
+    goal: Model, net: Any, phase: Phase, state: TrainState | None, run: Run, checkpoints: Checkpoints, mesh: Any
+) -> TrainState:
+    """The state before the next step: of the phase before, of the last checkpoint, or of the model."""
+    if state is not None:
+        return devices.replicate(train_state.next_phase(state, net, phase), mesh)
+    state = devices.replicate(train_state.create(net, goal.variables, phase, seed=run.seed), mesh)
+    if checkpoints.latest() is not None:
+        return checkpoints.restore(state)
+    checkpoints.require_room(state, 3)  # the best, the last, and the one being written
+    return state
+
+
+def _end(
+    goal: Model,
+    nets: Sequence[Any],
+    held_out: Inputs,
+    run: Run,
+    checkpoints: Checkpoints,
+    progress: Progress,
+    kept: Mapping[int, Predictions],
+) -> tuple[Model, Predictions, dict[str, Any]]:
+    """The model that the run ends with, its predictions, and the row of its epoch."""
+    step = checkpoints.best() if run.keep == "best" else None
+    step = checkpoints.latest() if step is None else step
+    assert step is not None
+    row = next(row for row in progress.history if row["step"] == step)
+    net = nets[row["phase"] - 1]
+    ended = dataclasses.replace(goal, net=net, variables=checkpoints.variables(step))
+    predictions = kept[step] if step in kept else ended.predict(held_out.dataset, held_out.indices)
+    return ended, predictions, row
+
+
+def _pictures(
+    run: Run, task: Task, train: Inputs, held_out: Inputs, predictions: Predictions, history: list[dict[str, Any]]
+) -> None:
+    dataset = held_out.dataset
+    report.pictures(
+        run.folder,
+        predictions,
+        dataset,
+        task,
+        history,
+        lambda index: decode.rgb(dataset.images[index], SHOWN, dataset.names[index]),
+    )
+    shown = train.indices[np.linspace(0, len(train.indices) - 1, min(len(train.indices), report.COLUMNS), dtype=int)]
+    originals = [
+        decode.rgb(train.dataset.images[i], train.image_size, train.dataset.names[i], scaled=train.scaled_decode)
+        for i in shown
+    ]
+
+    def change(key: jax.Array, images: jax.Array) -> jax.Array:
+        for changes in (train.augment, train.mix):
+            if changes is not None:
+                images, _ = changes(key, images, {})
+        return images
+
+    report.augmentations(
+        run.folder / "augmentation.png",
+        np.stack(originals),
+        None if train.augment is None and train.mix is None else change,
+        run.seed,
     )
 
 
-@contextmanager
-def exits() -> Iterator[None]:
-    """Turns what a user can cause into one message and an exit status, around the body of a command."""
-    try:
-        yield
-    except train.Stopped as stopped:
-        print(f"{stopped}; run the same command again to go on", file=sys.stderr)
-        sys.exit(128 + stopped.signum)
-    except (ValueError, OSError, CheckpointError, fetch.Unavailable, train.Diverged) as error:
-        sys.exit(f"error: {error}")
+def _summary(
+    task: Task,
+    predictions: Predictions,
+    progress: Progress,
+    row: Mapping[str, Any],
+    inputs: tuple[Inputs, Inputs],
+    record: Mapping[str, Any],
+) -> dict[str, Any]:
+    rates = [row["images_per_second"] for row in progress.history if row["images_per_second"]]
+    return {
+        "metrics": task.metrics(predictions),
+        "last_epoch": progress.history[-1],
+        "kept_epoch": dict(row),
+        "images": {"train": len(inputs[0].indices), "held_out": len(inputs[1].indices)},
+        "epochs": len(progress.history),
+        "steps": progress.history[-1]["step"],
+        "images_per_second": statistics.median(rates) if rates else None,
+        "peak_memory_mb": devices.peak_memory_mb(),
+        "record": record,
+        "versions": devices.versions(),
+    }
+
+
+def epoch_line(row: Mapping[str, Any], task: Task) -> str:
+    """One line for an epoch of the history."""
+    score = task.score[0]
+    rates = [f"{name.replace('_', ' ')} {value:.2e}" for name, value in row.items() if name.startswith("lr")]
+    parts = [f"epoch {row['epoch']:3d}", f"step {row['step']:6d}", *rates]
+    for column, words in (("train", "train"), ("val", "held out"), ("average", "averaged")):
+        if f"{column}_loss" in row:
+            shown = row.get(f"{column}_{score}")
+            percent = (
+                "" if shown is None else f" {score} {shown:.1%}" if score == "accuracy" else f" {score} {shown:.4f}"
+            )
+            parts.append(f"{words} loss {row[f'{column}_loss']:.4f}{percent}")
+    if row["images_per_second"]:
+        parts.append(f"{row['images_per_second']:.1f} images/s")
+    return "  ".join(parts)

@@ -1,11 +1,12 @@
-"""Loss, the jitted train step, and the loop."""
+"""The jitted train step, and the loop over the steps of one phase."""
 
-import pathlib
+import dataclasses
+import math
 import signal
-import time
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,22 +14,29 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jaxft import masking
+from jaxft import devices, masking, train_state
 from jaxft.checkpoint import Checkpoints
-from jaxft.files import write_csv
-from jaxft.predict import Batch, Predictions, shard
+from jaxft.meter import Meter
+from jaxft.phase import Phase
 from jaxft.progress import bar
+from jaxft.task import Task
 from jaxft.train_state import TrainState
 
-Prepare = Callable[[jax.Array, jax.Array], jax.Array]  # (key, uint8 images) → float32 images, on the device
+Batch = dict[str, Any]
+Labels = dict[str, jax.Array]
+Prepare = Callable[[jax.Array, jax.Array, Labels], tuple[jax.Array, Labels]]
+"""(key, images uint8, labels) → (float32 images that the net takes, labels), on the device."""
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
-METRICS = ("loss", "accuracy", "grad_norm")
-SUMS = (*METRICS, "steps", "timed_steps", "seconds")  # over the steps of the epoch under way; saved with it
+KNOWN = 1 - 1e-6  # a label that is blended of known ones is known but for rounding
 
 
 class Diverged(FloatingPointError):
     """The training loss is no longer finite."""
+
+
+class OutOfMemory(ValueError):
+    """A train step needs more memory than the device has."""
 
 
 class Stopped(Exception):
@@ -43,27 +51,106 @@ class Stopped(Exception):
         self.signum = signum
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
-    """Mean softmax cross-entropy in nats; logits float32 [B, C], labels int32 [B].
+class Dispatch(NamedTuple):
+    """What one call of the train step takes.
 
-    Of logits [heads, B, C], as GoogLeNet gives in training, the losses of the heads are added. With smoothing s the
-    target is 1 - s + s/C on the label and s/C elsewhere, as in Keras.
+    Attributes:
+        batch: leaves [B, …], or [steps, B, …] where they are stacked.
+        steps: the number of steps in it.
+        stacked: whether the train step is one of `several`.
     """
-    targets = optax.smooth_labels(jax.nn.one_hot(labels, logits.shape[-1]), label_smoothing)
-    return optax.softmax_cross_entropy(logits, targets).mean(-1).sum()
+
+    batch: Batch
+    steps: int = 1
+    stacked: bool = False
 
 
-def make_train_step(prepare: Prepare, label_smoothing: float = 0.0, start: str | None = None) -> TrainStep:
+@dataclasses.dataclass
+class Progress:
+    """What a run knows beside its state; JSON values, which every checkpoint holds.
+
+    Attributes:
+        phase: the number of the phase under way, from 0.
+        frozen: the names of its frozen layers.
+        history: one row for each finished epoch.
+        sums: of the epoch under way, as `meter.Meter` keeps them.
+    """
+
+    phase: int = 0
+    frozen: list[str] = dataclasses.field(default_factory=list)
+    history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    sums: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One phase as the loop runs it.
+
+    Attributes:
+        phase, number: the phase and its number in the run.
+        steps_per_epoch, batch_size: of every epoch of the run; images a step.
+        monitor: the column of the history that is judged, and `best` which of its values is.
+        save_every: steps between checkpoints beside those at epochs' ends; None for none.
+        mesh: the devices that share each batch.
+        final: whether the run ends with this phase.
+    """
+
+    phase: Phase
+    number: int
+    steps_per_epoch: int
+    batch_size: int
+    monitor: str
+    best: Literal["lowest", "highest"]
+    save_every: int | None
+    mesh: Mesh
+    final: bool = True
+
+    def values(self, history: Sequence[Mapping[str, Any]]) -> list[float]:
+        """The monitored value of each epoch of this phase, in order; NaN where it is undefined."""
+        found = (row[self.monitor] for row in history if row["phase"] == self.number + 1)
+        return [math.nan if value is None else value for value in found]
+
+    def first_step(self, history: Sequence[Mapping[str, Any]]) -> int:
+        """The run's step at which the phase begins."""
+        return self.steps_per_epoch * sum(row["phase"] <= self.number for row in history)
+
+    def over(self, history: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether the phase has had all its epochs, or its patience is at an end."""
+        values = self.values(history)
+        if len(values) >= self.phase.epochs:
+            return True
+        waited = len(values) - 1 - (best_place(values, self.best) or 0)
+        return self.phase.patience is not None and waited >= self.phase.patience
+
+    def lr_scale(self, history: Sequence[Mapping[str, Any]]) -> float:
+        """The factor of the rates after the last epoch, which a schedule that watches the values may lower."""
+        return self.phase.lr_scale(self.values(history), self.best)
+
+
+def best_place(values: Sequence[float], best: str) -> int | None:
+    """The place of the first best value; NaN is never best, and None is returned where all are NaN."""
+    sign = 1.0 if best == "lowest" else -1.0
+    ranked = [(sign * value, place) for place, value in enumerate(values) if not math.isnan(value)]
+    return min(ranked)[1] if ranked else None
+
+
+def make_train_step(task: Task, num_outputs: int, prepare: Prepare, start: str | None = None) -> TrainStep:
     """The jitted train step; the state is donated, so use only the one returned.
 
-    A batch holds `image` uint8 [B, H, W, 3] and `label` int32 [B]; with `start`, `image` is the output of the stage of
-    that name and only what follows is run. The metrics are float32 scalars: `loss` (smoothing
-    included), `accuracy` and `grad_norm`, the global norm over the trainable leaves.
+    A batch holds `image` uint8 [B, H, W, 3], `label`, `known` and `weight`, as `loader.train_batches` gives them. With
+    `start`, `image` is the output of the stage of that name and only what follows is run. The figures are float32
+    scalars: `loss` (the task's, weighted, over known labels), the task's score, and `grad_norm`, the global norm over
+    the trainable leaves. Optimizers that want them get `value` (the loss) and `grad`.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        augment_key, dropout_key = jax.random.split(jax.random.fold_in(state.rng, state.step))
-        images = prepare(augment_key, batch["image"])
+        prepare_key, dropout_key = jax.random.split(jax.random.fold_in(state.rng, state.step))
+        labels = {
+            "target": task.encode(batch["label"], num_outputs),
+            "known": batch["known"].astype(jnp.float32),
+            "weight": batch["weight"],
+        }
+        images, labels = prepare(prepare_key, batch["image"], labels)
         trainable, frozen = masking.split(state.params, state.labels)
 
         def loss_of(trainable: masking.Params) -> tuple[jax.Array, tuple[jax.Array, Any]]:
@@ -71,17 +158,20 @@ def make_train_step(prepare: Prepare, label_smoothing: float = 0.0, start: str |
             (logits, _), updated = state.apply_fn(
                 variables, images, train=True, start=start, rngs={"dropout": dropout_key}, mutable=["batch_stats"]
             )
-            return cross_entropy(logits, batch["label"], label_smoothing), (logits, updated)
+            heads = logits.reshape(-1, *logits.shape[-2:])  # GoogLeNet has three in training; their losses are added
+            losses = [mean(task.losses(head, labels["target"]), labels, labels["weight"]) for head in heads]
+            return sum(losses[1:], losses[0]), (heads[-1], updated)
 
         (loss, (logits, updated)), grads = jax.value_and_grad(loss_of, has_aux=True)(trainable)
         # The optimizer wants a tree of every layer; the zeros of frozen ones are constants that XLA removes.
         full = masking.merge(grads, jax.tree.map(jnp.zeros_like, frozen), state.params)
-        updates, opt_state = state.tx.update(full, state.opt_state, state.params)
+        tx = state.tx(state.lr_scale)
+        updates, opt_state = tx.update(full, state.opt_state, state.params, value=loss, grad=full)
         trainable = optax.apply_updates(trainable, masking.split(updates, state.labels)[0])
-        last = logits.reshape(-1, *logits.shape[-2:])[-1]  # of the heads, where there are several
-        metrics = {
+        score, score_of = task.score
+        figures = {
             "loss": loss,
-            "accuracy": (last.argmax(-1) == batch["label"]).mean(dtype=jnp.float32),
+            score: mean(score_of(logits, labels["target"]), labels),
             "grad_norm": optax.tree.norm(grads),
         }
         state = state.replace(
@@ -90,147 +180,163 @@ def make_train_step(prepare: Prepare, label_smoothing: float = 0.0, start: str |
             batch_stats=updated.get("batch_stats", state.batch_stats),
             opt_state=opt_state,
         )
-        return state, metrics
+        return state.replace(average=train_state.averaged(state)), figures
 
     return jax.jit(train_step, donate_argnums=0)
 
 
+def mean(values: jax.Array, labels: Labels, weight: jax.Array | None = None) -> jax.Array:
+    """The mean over known labels of values [B] or [B, C]; a weight [B] multiplies an example's values, as in Keras."""
+    known = labels["known"] >= KNOWN
+    count = jnp.maximum(known.sum(), 1)
+    if weight is not None:
+        values = values * weight.reshape(-1, *[1] * (values.ndim - 1))
+    return jnp.where(known, values, 0.0).sum() / count
+
+
 def several(train_step: TrainStep) -> TrainStep:
-    """`train_step` over K batches in one dispatch, leaves [K, B, …] → metrics [K]: for steps as short as a dispatch."""
+    """`train_step` over K batches in one dispatch, leaves [K, B, …] → figures [K]: for steps as short as a dispatch."""
     return jax.jit(lambda state, batches: jax.lax.scan(train_step, state, batches), donate_argnums=0)
 
 
 def fit(
     state: TrainState,
     train_step: TrainStep,
-    batches: Callable[[int], Iterator[Batch]],
-    evaluate: Callable[[TrainState], Predictions],
-    *,
-    epochs: int,
-    steps_per_epoch: int,
-    schedule: optax.Schedule,
+    dispatches: Callable[[int, int], Iterator[Dispatch]],
+    plan: Plan,
+    progress: Progress,
     checkpoints: Checkpoints,
-    history_file: pathlib.Path,
-    mesh: Mesh,
-    save_every: int | None = None,
-    report: Callable[[dict[str, float]], None] = lambda row: None,
-) -> tuple[TrainState, list[dict[str, float]]]:
-    """Trains to the end of the last epoch, from the latest checkpoint if there is one.
+    judge: Callable[[TrainState, dict[str, Any]], None],
+) -> TrainState:
+    """Trains to the end of a phase, from where `state` and `progress` are.
 
     Args:
-        state: the state before the first update; its buffers are donated.
+        state: its buffers are donated.
         train_step: from `make_train_step`, or `several` of it.
-        batches: first step → the batches from that step on, a pure function of the run's seed. Several at once, for
-            `several`, end where an epoch does and where the state is saved.
-        evaluate: state → predictions on the held-out images; called at the end of every epoch.
-        epochs, steps_per_epoch: the length of the run.
-        schedule: update count → learning rate, for the history.
+        dispatches: (first step, step after the last) → what the train step takes. It is a pure function of the run's
+            seed; several steps at once end where an epoch does and where the state is saved.
+        plan: of the phase.
+        progress: gets a row for each epoch.
         checkpoints: where the state is saved: at every epoch's end, every `save_every` steps, and on SIGINT or SIGTERM.
-        history_file: a csv, one row an epoch, written whole each time.
-        mesh: the devices that share each batch.
-        report: called with the row of every epoch as it ends.
+        judge: (state, row) adds the held-out figures to the row of the epoch, and shows it.
 
     Returns:
-        (the last state, the history's rows).
+        the state after the last step of the phase.
 
     Raises:
-        Stopped: SIGINT or SIGTERM came; the state of the last whole step is saved.
-        Diverged: the loss is not finite; the last checkpoint is intact.
-        CheckpointError: the checkpoint does not fit this run, or could not be written.
+        Diverged: the loss is not finite; the last checkpoint is from before.
+        Stopped: a signal came; the state is saved.
+        OutOfMemory: a step does not fit the device.
+        CheckpointError: a save failed.
     """
-    history: list[dict[str, float]] = []
-    sums: dict[str, float] = dict.fromkeys(SUMS, 0.0)
-    if checkpoints.latest() is not None:
-        state, progress = checkpoints.restore(state)
-        history, sums = progress["history"], progress["sums"]
-    step = int(state.step)
-    pending: dict[str, jax.Array] | None = None
-    seen: set[int] = set()  # numbers of steps in one dispatch; the first of each compiles, and is not timed
-    started, untimed = 0.0, 0.0
+    first, step = plan.first_step(progress.history), int(state.step)
+    last = first + plan.phase.epochs * plan.steps_per_epoch
+    meter, seen = Meter(progress.sums), set()
+    pending: dict[str, jax.Array] | None = None  # figures that the device may still be computing
 
     def settle() -> None:
-        """Adds the metrics of the step before to the epoch's sums; waits for it alone, not for the one under way."""
         nonlocal pending
-        if pending is None:
-            return
-        metrics, pending = jax.device_get(pending), None
-        losses = np.ravel(metrics["loss"])
-        if not np.isfinite(losses).all():
-            latest = checkpoints.latest()
-            kept = "no checkpoint was saved" if latest is None else f"the checkpoint of step {latest} is intact"
-            bad = losses[~np.isfinite(losses)][0]
-            raise Diverged(f"the loss became {bad} by step {step}; {kept}. Try a lower learning rate")
-        for name in METRICS:
-            for value in np.ravel(metrics[name]).tolist():  # one by one: several at once add up to the same bits
-                sums[name] += value
-        sums["steps"] += len(losses)
+        if pending is not None:
+            figures, pending = jax.device_get(pending), None
+            _require_finite(figures["loss"], step, checkpoints)
+            meter.add(figures)
 
-    stream = batches(step)
-    with stop_signal() as stop, bar("training", epochs * steps_per_epoch, step, unit="steps") as advance:
-        while step < epochs * steps_per_epoch:
-            batch = shard(next(stream), mesh)
-            steps = batch["label"].size // batch["label"].shape[-1]
-            compiles = steps not in seen
-            if compiles:
-                settle()
-                dispatched = time.perf_counter()
-                started = started or dispatched  # the first batch may have had to be decoded
-            state, metrics = train_step(state, batch)
-            settle()
-            pending = metrics
-            step += steps
-            if compiles:
-                jax.block_until_ready(state.step)
-                untimed += time.perf_counter() - dispatched
-                seen.add(steps)
+    stream = dispatches(step, last)
+    with stop_signal() as stop, bar("training", last - first, step - first, unit="steps") as advance:
+        while not plan.over(progress.history):
+            dispatch = next(stream)
+            batch = devices.shard(dispatch.batch, plan.mesh, stacked=dispatch.stacked)
+            if dispatch.steps in seen:
+                meter.resume()
+                state, figures = train_step(state, batch)
+                meter.timed(dispatch.steps)
+                settle()  # while the device computes this one
             else:
-                sums["timed_steps"] += steps
-            loss = f"  loss {sums['loss'] / sums['steps']:.3f}" if sums["steps"] else ""
-            advance(steps, f"epoch {1 + (step - 1) // steps_per_epoch}/{epochs}{loss}")
-            ends_epoch = step % steps_per_epoch == 0
-            saves = stop or ends_epoch or (save_every is not None and step % save_every == 0)
-            if not saves:
+                settle()
+                meter.pause()
+                state, figures = _compiled(train_step, state, batch, plan.batch_size)
+                seen.add(dispatch.steps)
+            pending, step = figures, step + dispatch.steps
+            advance(dispatch.steps, _note(plan, step, first, meter))
+            ends_epoch = step % plan.steps_per_epoch == 0
+            stops = devices.any_process(bool(stop))
+            if not (stops or ends_epoch or (plan.save_every and step % plan.save_every == 0)):
                 continue
             settle()
-            sums["seconds"] += time.perf_counter() - started - untimed
-            metric = None
+            meter.pause()
             if ends_epoch:
-                predictions = evaluate(state)
-                metric = predictions.log_loss()
-                history.append(_row(step, steps_per_epoch, sums, float(schedule(step - 1)), predictions, batch))
-                sums = dict.fromkeys(SUMS, 0.0)
-                write_csv(history_file, history)
-                report(history[-1])
-            checkpoints.save(state, {"history": history, "sums": sums}, metric)
-            if stop and step < epochs * steps_per_epoch:
+                row = _row(plan, step, step - 1 - first, state, meter)
+                meter = Meter()
+                judge(state, row)
+                progress.history.append(row)
+                scale = np.float32(plan.lr_scale(progress.history))
+                state = state.replace(lr_scale=devices.replicate(jnp.asarray(scale), plan.mesh))
+            progress.sums = meter.sums
+            checkpoints.save(state, dataclasses.asdict(progress), row[plan.monitor] if ends_epoch else None, plan.best)
+            if stops and not (plan.final and plan.over(progress.history)):
                 checkpoints.wait()
-                raise Stopped(f"stopped by {signal.Signals(stop[0]).name}; step {step} is saved", stop[0])
-            started, untimed = time.perf_counter(), 0.0
+                name = signal.Signals(stop[0]).name if stop else "a signal to another process"
+                raise Stopped(f"stopped by {name}; step {step} is saved", stop[0] if stop else signal.SIGTERM)
     checkpoints.wait()
-    return state, history
+    return state
 
 
-def _row(
-    step: int, steps_per_epoch: int, sums: dict[str, float], lr: float, predictions: Predictions, batch: Batch
-) -> dict[str, float]:
-    means = {f"train_{name}": sums[name] / sums["steps"] for name in METRICS}
-    # What compiles is not timed; an epoch of that alone has rate 0.
-    rate = sums["timed_steps"] * batch["label"].shape[-1] / sums["seconds"] if sums["timed_steps"] else 0.0
+def _compiled(train_step: TrainStep, state: TrainState, batch: Batch, batch_size: int) -> Any:
+    """The first call of a program, finished: what it takes is mostly compilation."""
+    try:
+        state, figures = train_step(state, batch)
+        jax.block_until_ready(state.step)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        smaller = f"try a batch of {max(1, batch_size // 2)}" if batch_size > 1 else "the net is too large for it"
+        raise OutOfMemory(
+            f"a step of {batch_size} images does not fit the memory of {jax.devices()[0].device_kind}; {smaller}, "
+            "smaller images, or more frozen layers"
+        ) from error
+    return state, figures
+
+
+def _require_finite(losses: np.ndarray, step: int, checkpoints: Checkpoints) -> None:
+    losses = np.ravel(losses)
+    if not np.isfinite(losses).all():
+        latest = checkpoints.latest()
+        kept = "no checkpoint was saved" if latest is None else f"the checkpoint of step {latest} is intact"
+        bad = losses[~np.isfinite(losses)][0]
+        raise Diverged(f"the loss became {bad} by step {step}; {kept}. Try a lower learning rate")
+
+
+def _note(plan: Plan, step: int, first: int, meter: Meter) -> str:
+    epoch = 1 + (step - 1 - first) // plan.steps_per_epoch
+    loss = meter.means().get("loss")
+    return f"epoch {epoch}/{plan.phase.epochs}" + ("" if loss is None else f"  loss {loss:.3f}")
+
+
+def _row(plan: Plan, step: int, update: int, state: TrainState, meter: Meter) -> dict[str, Any]:
+    """The training half of an epoch's row; `update` is the phase's last update, whose rates are shown."""
+    rates = plan.phase.rates(update, float(state.lr_scale))
+    means = meter.means()
+    names = {label: "lr" if len(rates) == 1 else f"lr_{label}" for label in rates}
     return {
-        "epoch": step // steps_per_epoch,
+        "phase": plan.number + 1,
+        "epoch": step // plan.steps_per_epoch,
         "step": step,
-        "lr": lr,
-        **means,
-        "val_loss": predictions.log_loss(),
-        "val_accuracy": predictions.accuracy(),
-        "images_per_second": round(rate, 2),
+        **{names[label]: rate for label, rate in rates.items()},
+        **{f"train_{name}": means[name] for name in sorted(means, key=lambda name: name != "loss")},
+        "images_per_second": meter.rate(plan.batch_size),
     }
 
 
 @contextmanager
 def stop_signal() -> Iterator[list[int]]:
-    """Collects the first SIGINT or SIGTERM in the list it yields; a second one acts as usual."""
+    """Collects the first SIGINT or SIGTERM in the list it yields; a second one acts as usual.
+
+    Outside the main thread, where Python lets nobody handle signals, the list stays empty.
+    """
     received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
     usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def restore() -> None:

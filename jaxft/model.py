@@ -1,0 +1,250 @@
+"""`Model`: a net with what fills it, from a Keras weight file, from a finished run, or of one's own."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxft import devices, features, files, nets, port_weights, preprocess, pretrained
+from jaxft.checkpoint import Checkpoints
+from jaxft.data import Dataset, Inputs, loader
+from jaxft.predict import Predictions, evaluate
+from jaxft.pretrained import Weights
+from jaxft.task import TASKS, Task
+
+FORMAT = 1  # of model.json
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """A net and its variables; what follows `source` is known of a trained model alone.
+
+    Attributes:
+        net: a Flax module that keeps the backbone contract; its `frozen` field says what stays as it is.
+        variables: {"params", "batch_stats"}, layer → leaf → array, float32. Training never changes them.
+        preprocessing: the name of the function of `jaxft.preprocess` that the weights expect.
+        name: of the net in the zoo; None for a net of one's own.
+        source: where the weights come from, as JSON values.
+        task: what it was trained for.
+        classes: the names of its outputs.
+        image_size: (height, width) in pixels.
+        batch_size: of prediction; another one may round otherwise.
+        scaled_decode: as of `Inputs`.
+    """
+
+    net: Any
+    variables: Mapping[str, Any]
+    preprocessing: str
+    name: str | None = None
+    source: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    task: Task | None = None
+    classes: tuple[str, ...] = ()
+    image_size: tuple[int, int] | None = None
+    batch_size: int = 16
+    scaled_decode: bool = False
+
+    def __post_init__(self):
+        preprocess.get(self.preprocessing)
+        if not isinstance(self.net, nn.Module):
+            raise ValueError(f"net={self.net!r} is no Flax module; make one with nets.create(NAME, NUM_CLASSES)")
+        if "params" not in self.variables:
+            raise ValueError(f'variables hold {sorted(self.variables)}; expected {{"params": …, "batch_stats": …}}')
+
+    def description(self) -> dict[str, Any]:
+        """The net, its preprocessing and the source of its weights, as JSON values."""
+        if self.name is None:
+            fields = [field.name for field in dataclasses.fields(self.net) if field.name not in ("parent", "name")]
+            options = {name: repr(getattr(self.net, name)) for name in fields}
+        else:
+            options = nets.options(self.name, self.net)
+        options.pop("frozen", None)  # which phases say, and every checkpoint
+        net = type(self.net).__qualname__ if self.name is None else self.name
+        return {"net": net, "options": options, "preprocessing": self.preprocessing, "source": dict(self.source)}
+
+    def trained(self) -> dict[str, Any]:
+        """What `model.json` says: `description` and what is known of a trained model."""
+        task = None if self.task is None else {"name": self.task.name, "options": dict(self.task.options)}
+        if self.task is not None and task is not None:
+            task |= {"monitor": self.task.monitor, "best": self.task.best}
+        return {
+            "format": FORMAT,
+            **self.description(),
+            "zoo": self.name is not None,
+            "task": task,
+            "classes": list(self.classes),
+            "image_size": None if self.image_size is None else list(self.image_size),
+            "batch_size": self.batch_size,
+            "scaled_decode": self.scaled_decode,
+        }
+
+    def predict(self, images: Dataset | Sequence[bytes | np.ndarray], indices: np.ndarray | None = None) -> Predictions:
+        """What the model says of images: the same to the bit in every process of one machine and batch size.
+
+        Args:
+            images: a dataset, or a sequence of images, each the bytes of a file or uint8 [H, W, 3].
+            indices: which of them, int [n]; all by default.
+
+        Raises:
+            ValueError: the model was never trained, so that size and task are not known; or as `decode.rgb`.
+        """
+        if self.task is None or self.image_size is None:
+            raise ValueError("this model has no task yet: train it with finetune, or use predict.evaluate yourself")
+        dataset = images if isinstance(images, Dataset) else unlabelled(images, self.classes, self.task.target)
+        inputs = Inputs(
+            dataset,
+            np.arange(len(dataset)) if indices is None else indices,
+            self.image_size,
+            self.batch_size,
+            scaled_decode=self.scaled_decode,
+        )
+        eval_step = features.eval_step(self.net, list(self.variables["params"]), self.preprocessing, self.task)
+        mesh = devices.mesh()
+        variables = {kind: self.variables.get(kind, {}) for kind in ("params", "batch_stats")}
+        batches = loader.eval_batches(inputs, dataset.images, process=devices.process())
+        return evaluate(eval_step, devices.replicate(variables, mesh), batches, mesh, len(inputs))
+
+    def save(self, folder: str | pathlib.Path) -> None:
+        """Writes a folder that `open` reads: `model.json` and the variables.
+
+        Raises:
+            ValueError: the folder exists and is not empty.
+            OSError, CheckpointError: it cannot be written.
+        """
+        folder = pathlib.Path(folder).expanduser()
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"{folder} exists already; name a new folder to save the model in")
+        folder.mkdir(parents=True, exist_ok=True)
+        checkpoints = Checkpoints(folder / "checkpoints", {})
+        try:
+            checkpoints.save_variables(dict(self.variables), sorted(self.net.frozen))
+        finally:
+            checkpoints.close()
+        if devices.is_writer():
+            files.write_json(folder / "model.json", self.trained())
+
+
+def unlabelled(images: Sequence[bytes | np.ndarray], classes: Sequence[str], target: str) -> Dataset:
+    """A dataset of images whose labels are unknown; `target` and `classes` are those of the task to come."""
+    names = tuple(f"image {number}" for number in range(len(images)))
+    shape = (len(images),) if target == "class" else (len(images), len(classes))
+    labels = np.full(shape, np.nan, np.float32) if target == "values" else np.full(shape, -1, np.int32)
+    return Dataset("images", images, labels, names, names, tuple(classes), target)  # type: ignore[arg-type]
+
+
+def load(
+    name: str,
+    num_classes: int | None = None,
+    *,
+    weights: str | pathlib.Path | Weights = "auto",
+    order: str = "auto",
+    dtype: Any = "auto",
+    seed: int = 0,
+    report: bool = True,
+    **options: Any,
+) -> Model:
+    """A net of the zoo for a new task, filled from a Keras weight file.
+
+    Args:
+        name: of the net.
+        num_classes: width of the new last layer; None keeps the published one.
+        weights: "auto", "imagenet", "hed-bsds500", "none" (random values), the path of a file, or what
+            `pretrained.resolve` gave.
+        order: kernel ordering of the file, as in `port_weights.load`.
+        dtype: of the computation: float32, bfloat16, or "auto": bfloat16 on a GPU or TPU and float32 on a CPU.
+        seed: of layers that the file does not fill.
+        report: whether to print what filled what.
+        options: further fields of the net's class: `hidden`, `dropout`, `fc` of VGG.
+
+    Raises:
+        ValueError, FileNotFoundError, fetch.Unavailable: as `nets.create`, `pretrained.resolve`, `port_weights.load`.
+    """
+    spec = nets.spec(name)
+    num_classes = spec.num_classes if num_classes is None else num_classes
+    options["dtype"] = compute_dtype(dtype)
+    net: Any = nets.create(name, num_classes, **options)
+    if not isinstance(weights, Weights):
+        weights = pretrained.resolve(name, weights, classifier=getattr(net, "fc", False))
+    if weights.path is None:
+        variables = nets.init(net, spec.native_size, seed)
+        told = f"{name} starts from random weights (seed {seed})"
+    else:
+        variables, told = port_weights.load(
+            name, weights.path, num_classes=num_classes, order=order, seed=seed, ignore=weights.ignore, **options
+        )
+    if report and devices.is_writer():
+        print(told, flush=True)
+    return Model(net, variables, weights.preprocessing, name, weights.record())
+
+
+def compute_dtype(dtype: Any) -> Any:
+    """float32 on a CPU, which has no fast bfloat16, and bfloat16 on a GPU or TPU, for "auto"; else what is given."""
+    if dtype == "auto":
+        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    return dtype
+
+
+def open(
+    folder: str | pathlib.Path,
+    which: Literal["best", "last"] | None = None,
+    *,
+    average: bool = True,
+    net: Any = None,
+) -> Model:
+    """The model that a run, or `Model.save`, left in a folder; nothing of the experiment is needed.
+
+    Args:
+        folder: of the run.
+        which: the state with the best monitored value, or the last one. By default what the run ended with.
+        average: take the averaged weights, where the run kept any.
+        net: the module, for a net that is not of the zoo: a folder holds data and no code.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no model in it.
+        ValueError: `model.json` is none, or the net is needed and not given.
+        CheckpointError: there is no checkpoint, or one of an earlier version.
+    """
+    folder = pathlib.Path(folder).expanduser()
+    if not (folder / "model.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no model.json; give the folder of a run that has saved a checkpoint, or of Model.save"
+        )
+    saved = files.read_json(folder / "model.json")
+    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+        raise ValueError(f"{folder / 'model.json'} is not of this version of jaxft (format {FORMAT})")
+    checkpoints = Checkpoints(folder / "checkpoints")
+    try:
+        wanted = which or saved.get("keep", "last")
+        step = checkpoints.best() if wanted == "best" else None
+        step = checkpoints.latest() if step is None else step
+        frozen = frozenset(checkpoints.run(step)["progress"]["frozen"])
+        assert step is not None  # or `run` had raised
+        variables = checkpoints.variables(step, average)
+    finally:
+        checkpoints.close()
+    if net is None:
+        if not saved["zoo"]:
+            raise ValueError(f"{folder} holds a {saved['net']}, which is not of the zoo: give it as net=")
+        net = nets.from_options(saved["net"], saved["options"])
+    task = saved["task"]
+    if task is not None:
+        if task["name"] not in TASKS:
+            raise ValueError(f"{folder / 'model.json'} names the task {task['name']!r}; known are {', '.join(TASKS)}")
+        made = TASKS[task["name"]](**task["options"])
+        task = dataclasses.replace(made, monitor=task["monitor"], best=task["best"])
+    return Model(
+        net.clone(frozen=frozen),
+        variables,
+        saved["preprocessing"],
+        saved["net"] if saved["zoo"] else None,
+        saved["source"],
+        task,
+        tuple(saved["classes"]),
+        None if saved["image_size"] is None else tuple(saved["image_size"]),
+        saved["batch_size"],
+        saved["scaled_decode"],
+    )

@@ -1,0 +1,215 @@
+"""A run's folder: where it is, what it records of itself, and whether it may go on."""
+
+import dataclasses
+import hashlib
+import inspect
+import json
+import numbers
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from jaxft import devices, files
+from jaxft.checkpoint import FORMAT, differences
+from jaxft.data import Inputs
+from jaxft.model import Model
+from jaxft.phase import Phase
+from jaxft.task import Task
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Where a run keeps what it does, and how.
+
+    Attributes:
+        folder: the run's own; the same run on the same folder goes on where it was. `~` is the home folder.
+        seed: of the order of images, augmentation and dropout; at least 0.
+        save_every: steps between checkpoints beside those at the end of each epoch; None for none.
+        cache_features: "on", "off" or "auto": keep what the frozen prefix gives on disk; auto does so where that saves
+            time. It changes no loss. Inputs must repeat: no augmentation or fixed views, and no mixing.
+        keep: which state the run ends with and is judged by: "best" on the task's monitored value, or "last".
+
+    Raises:
+        ValueError: a field out of its range.
+    """
+
+    folder: pathlib.Path
+    seed: int = 0
+    save_every: int | None = None
+    cache_features: Literal["auto", "on", "off"] = "auto"
+    keep: Literal["best", "last"] = "best"
+
+    def __post_init__(self):
+        if not isinstance(self.folder, str | pathlib.PurePath):
+            raise ValueError(f"folder={self.folder!r} is no path; give the run's folder, as in Run('runs/first')")
+        object.__setattr__(self, "folder", pathlib.Path(self.folder).expanduser())
+        if not _is_int(self.seed) or self.seed < 0:
+            raise ValueError(f"seed={self.seed!r} of the run must be a whole number from 0 on")
+        if self.save_every is not None and (not _is_int(self.save_every) or self.save_every < 1):
+            raise ValueError(f"save_every={self.save_every!r} must be a number of steps from 1 on, or None")
+        for name, choices in (("cache_features", ("auto", "on", "off")), ("keep", ("best", "last"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(choices)}")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def record(
+    model: Model,
+    task: Task,
+    train: Inputs,
+    held_out: Inputs,
+    phases: Sequence[Phase],
+    run: Run,
+    config: Mapping[str, Any],
+) -> dict[str, Any]:
+    """All that the result of a run depends on, as JSON values; what merely changes its speed is left out.
+
+    Functions are recorded by their names and settings: those of a dataclass, a `functools.partial` or a closure are
+    seen, so that another rate is another run. The code of a function is not.
+    """
+    found = {
+        "model": model.description() | {"variables": digest(model.variables)},
+        "task": {name: describe(getattr(task, name)) for name in ("name", "options", "monitor", "best", "losses")},
+        "train": _inputs(train),
+        "held_out": _inputs(held_out),
+        "phases": [describe(phase) for phase in phases],
+        "seed": run.seed,
+        "config": dict(config),
+    }
+    return json.loads(json.dumps(files.strict(found), default=describe))
+
+
+def _inputs(inputs: Inputs) -> dict[str, Any]:
+    found = {name: describe(getattr(inputs, name)) for name in ("batch_size", "augment", "mix", "views", "order")}
+    return found | {
+        "data": {"name": inputs.dataset.name, "sha256": inputs.dataset.fingerprint, "images": len(inputs.indices)},
+        "indices": hashlib.sha256(inputs.indices.tobytes()).hexdigest(),
+        "weights": None if inputs.weights is None else hashlib.sha256(inputs.weights.tobytes()).hexdigest(),
+        "image_size": list(inputs.image_size),
+        "scaled_decode": inputs.scaled_decode,
+    }
+
+
+def describe(value: Any) -> Any:
+    """A value as JSON: words and numbers as they are, dataclasses by fields, functions by name, closure and settings."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): describe(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [describe(item) for item in value]
+    if isinstance(value, set | frozenset):
+        return sorted(map(str, value))
+    if isinstance(value, np.ndarray | np.generic | jax.Array):
+        array = np.asarray(value)
+        return array.tolist() if array.size <= 16 else f"{array.dtype}{list(array.shape)} {digest(array)}"
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: describe(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {"is": type(value).__qualname__, **fields}
+    if isinstance(value, partial):
+        return {"is": describe(value.func), "args": describe(value.args), **describe(value.keywords)}
+    if isinstance(value, pathlib.PurePath):
+        return str(value)
+    if inspect.isroutine(value) or (callable(value) and hasattr(value, "__wrapped__")):  # the latter as jax.jit gives
+        return _function(value)
+    if isinstance(value, type):
+        return f"{value.__module__}.{value.__qualname__}"
+    return {"is": f"{type(value).__module__}.{type(value).__qualname__}", **describe(getattr(value, "__dict__", {}))}
+
+
+def _function(function: Callable[..., Any]) -> Any:
+    name = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', repr(function))}"
+    function = inspect.unwrap(function)
+    if inspect.ismethod(function):
+        return {"is": name, "of": describe(function.__self__)}
+    if not inspect.isfunction(function):
+        return name
+    closed = inspect.getclosurevars(function).nonlocals
+    settings = {key: describe(value) for key, value in closed.items() if value is not function}
+    if "<lambda>" in name:  # its constants are all that tells one from another
+        settings["constants"] = [value for value in function.__code__.co_consts if isinstance(value, int | float | str)]
+    defaults = function.__defaults__ or ()
+    return (
+        {"is": name, **settings} | ({"defaults": describe(defaults)} if defaults else {})
+        if settings or defaults
+        else name
+    )
+
+
+def digest(tree: Any) -> str:
+    """SHA-256, hexadecimal, of the arrays of a pytree with their places, shapes and dtypes."""
+
+    def one(item: tuple[Any, Any]) -> bytes:
+        path, leaf = item
+        array = np.ascontiguousarray(leaf)
+        named = f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode()
+        return hashlib.sha256(named + hashlib.sha256(array.reshape(-1).view(np.uint8)).digest()).digest()
+
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    with ThreadPoolExecutor() as pool:  # hashing lets other threads run
+        parts = pool.map(one, sorted(leaves, key=lambda item: jax.tree_util.keystr(item[0])))
+    return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def require_same(folder: pathlib.Path, saved: Mapping[str, Any], wanted: dict[str, Any], done: int) -> None:
+    """Refuses a folder that belongs to a run of other settings; more epochs of the last phase are no other run.
+
+    Args:
+        folder: for the message.
+        saved, wanted: records, there and asked for.
+        done: epochs of the last phase that are finished; fewer cannot be asked for.
+
+    Raises:
+        ValueError: they differ; the message shows where.
+    """
+    there, asked = json.loads(json.dumps(saved)), json.loads(json.dumps(wanted))
+    last = [side["phases"][-1] for side in (there, asked)]
+    if len(there["phases"]) == len(asked["phases"]) and last[1]["epochs"] >= done:
+        for side, phase in zip((there, asked), last, strict=True):
+            phase.pop("epochs")
+            side["config"].pop("epochs", None)
+    if lines := differences(there, asked):
+        raise ValueError(
+            f"{folder} holds a run of other settings (there → asked for):\n  "
+            + "\n  ".join(lines)
+            + "\nGive the same settings to resume it, or another folder."
+        )
+
+
+def require_writable(folder: pathlib.Path) -> None:
+    """Makes the folder, which is not claimed by that.
+
+    Raises:
+        OSError: it cannot be made or written to.
+    """
+    try:
+        created = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        files.write_whole(folder / "probe", lambda path: path.write_bytes(b"1"))
+        (folder / "probe").unlink()
+        for parent in created:
+            parent.rmdir()
+    except OSError as error:
+        raise OSError(f"the folder {folder} cannot be written to ({error}); choose another") from error
+
+
+def write_record(folder: pathlib.Path, record: Mapping[str, Any], model: Mapping[str, Any]) -> None:
+    """Writes `config.json`, the run's record with the versions it was made with, and `model.json` for `model.open`."""
+    if devices.is_writer():
+        files.write_json(folder / "config.json", {"format": FORMAT, **record, "versions": devices.versions()})
+        files.write_json(folder / "model.json", model)
+
+
+def write_history(file: pathlib.Path, history: Sequence[Mapping[str, Any]]) -> None:
+    """A csv, one row an epoch, written whole; blank where a figure is undefined or a phase has no such rate."""
+    if devices.is_writer() and history:
+        columns = list(dict.fromkeys(name for row in history for name in row))
+        files.write_csv(file, [{name: files.strict(row.get(name)) for name in columns} for row in history])
