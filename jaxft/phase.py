@@ -1,11 +1,11 @@
 """One phase of a run: what is frozen, which optimizer at which rate, for how many epochs."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from jaxft import optim
-from jaxft.masking import FROZEN, TRAINABLE
+from jaxft.masking import FROZEN, TRAINABLE, Net
 from jaxft.optim import Optimizer, Plateau, Schedule
 
 
@@ -110,3 +110,21 @@ class Phase:
         """The Plateau among the schedules, if there is one."""
         plateaus = (optim.plateau(schedule) for schedule in self.schedules().values())
         return next((found for found in plateaus if found is not None), None)
+
+
+def unfreeze(net: Net, phase: Phase, stages: Sequence[str]) -> tuple[Phase, ...]:
+    """Gradual unfreezing: `phase` with the layers new to the task alone, then once from each of `stages` on.
+
+    >>> unfreeze(net, Phase(2, optim.Constant(1e-3), momentum="carry"), ["block5", "block4"])  # head, then 5, then 4
+
+    Raises:
+        ValueError: a name is no stage, or not of a stage before the one named before it.
+    """
+    order = list(net.layers())
+    if unknown := [stage for stage in stages if stage not in order]:
+        raise ValueError(f"unfreeze names no stages: {unknown}; the stages are {', '.join(order)}")
+    depths = [order.index(stage) for stage in stages]
+    if sorted(set(depths), reverse=True) != depths:
+        raise ValueError(f"unfreeze wants stages from the last to the first, not {list(stages)}")
+    specs = ["all-but-head", *(f"through:{order[depth - 1]}" if depth else "none" for depth in depths)]
+    return tuple(replace(phase, frozen=spec) for spec in specs)
