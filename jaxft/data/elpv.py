@@ -1,7 +1,7 @@
 """ELPV: electroluminescence images of solar cells with the probability that a cell is defective.
 
-2,624 grey PNG images of 300×300 pixels from 44 modules, out of the package `elpv-dataset`. Licence: CC BY-NC-SA 4.0, so
-not for commercial use; cite the sources.
+2,624 grey PNG images of 300×300 pixels from 44 modules, out of the package `elpv-dataset`. Licence: CC BY-NC-SA 4.0:
+not for commercial use, and cite the sources.
 
 Source: Buerhop-Lutz et al., A benchmark for visual identification of defective solar cells in electroluminescence
 imagery, EU PVSEC 2018; Deitsch et al., Automatic classification of defective photovoltaic module cells in
@@ -10,7 +10,7 @@ electroluminescence images, Solar Energy 185, 2019.
 
 import os
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,14 +23,14 @@ WHEEL = "elpv_dataset-1.0.0.post1-py3-none-any.whl"
 SHA256 = "85e31c1126ee9b48e62d3a0232c58f58b2d189b0814a45c13642fa0415af4a4c"
 FOLDER = "elpv_dataset/data/"
 
-PROBABILITIES = (0.0, 1 / 3, 2 / 3, 1.0)  # certainly not, possibly not, possibly, certainly defective
-TYPES = ("mono", "poly")  # of the cell's silicon: one crystal or many
+PROBABILITIES = (0.0, 1 / 3, 2 / 3, 1.0)  # certainly sound, possibly sound, possibly defective, certainly defective
+TYPES = ("mono", "poly")  # the cell's silicon: one crystal or many
 CLASSES = ("functional", "defective")
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class SolarCells(Dataset):
-    """The images as bytes of PNG files; label 1 is a probability of 0.5 or more.
+    """The images as bytes of PNG files; the class is 1 where the probability is 0.5 or more.
 
     Each cell is its own group: which cells come from one module is not published.
 
@@ -44,8 +44,17 @@ class SolarCells(Dataset):
 
     @property
     def strata(self) -> tuple[tuple[int, str], ...]:
-        """(label, type) of each cell: what the paper's split keeps in proportion."""
-        return tuple(zip(self.labels.tolist(), self.types, strict=True))
+        """(whether it is defective, type) of each cell: what the paper's split keeps in proportion."""
+        return tuple(zip((self.probabilities >= 0.5).astype(int).tolist(), self.types, strict=True))
+
+    def with_labels(self) -> "SolarCells":
+        """The same cells with two labels each, [N, 2]: of polycrystalline silicon, and defective."""
+        labels = np.stack([[kind == "poly" for kind in self.types], self.probabilities >= 0.5], 1).astype(np.int32)
+        return replace(self, labels=labels, classes=("polycrystalline", "defective"), target="labels")
+
+    def with_values(self) -> "SolarCells":
+        """The same cells with the probability of a defect as a value to predict, [N, 1]."""
+        return replace(self, labels=self.probabilities[:, None], classes=("probability",), target="values")
 
 
 def prepare(cache: str | os.PathLike[str] | None = None) -> SolarCells:
@@ -99,7 +108,7 @@ def _parse(text: str, where: str) -> dict[str, tuple[float, str]]:
             continue
         try:
             path, given, kind = line.split()
-            # The file writes a third with 16 digits; others may round it.
+            # The published file writes a third with 16 digits; a copy may round it.
             probability = next(p for p in PROBABILITIES if abs(float(given) - p) < 1e-3)
         except (ValueError, StopIteration):
             raise ValueError(
