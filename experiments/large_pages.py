@@ -10,7 +10,7 @@ import sys
 
 
 def restart() -> None:
-    """Starts this command again with large pages, once; nothing on other systems, or where GLIBC_TUNABLES is set.
+    """Starts this command again with large pages, once; does nothing off Linux or where GLIBC_TUNABLES is set.
 
     To be called by a command before it imports JAX:
 

@@ -38,7 +38,7 @@ def write_json(path: pathlib.Path, values: Any) -> None:
 
 
 def strict(values: Any) -> Any:
-    """JSON values with null for NaN and infinity."""
+    """JSON values with None for NaN and infinity, however deep they lie; a tuple becomes a list."""
     if isinstance(values, float):
         return values if math.isfinite(values) else None
     if isinstance(values, Mapping):

@@ -48,7 +48,7 @@ def names(folder: Path) -> set[str]:
 
 
 def test_download_is_kept(served: Served, tmp_path: Path):
-    """Bug: the file has other content or name, if more than it is left behind, or if a second call asks again."""
+    """Bug: the file has a wrong content or name, more than it is left in the cache, or a second call asks again."""
     path = fetch.from_url(served.url, MD5, cache=tmp_path / "new" / "cache")
     assert path == tmp_path / "new" / "cache" / "weights.h5"
     assert path.read_bytes() == CONTENT
@@ -70,7 +70,7 @@ def test_broken_connection_is_continued(served: Served, tmp_path: Path):
 
 
 def test_next_run_continues(served: Served, tmp_path: Path):
-    """Bug: a transfer that ended for good leaves a file under the final name, or if the next run starts anew."""
+    """Bug: a transfer that ended for good leaves a file under the final name, or the next run starts anew."""
     served.cuts = [700_000, 0]
     with pytest.raises(fetch.Unavailable, match="could not be fetched"):
         fetch.from_url(served.url, MD5, cache=tmp_path)
@@ -124,7 +124,7 @@ def test_other_content_is_refused(served: Served, tmp_path: Path):
 
 
 def test_unreachable_says_what_to_do(dead_url: str, tmp_path: Path):
-    """Bug: the message lacks the URL, the hash or the place for a file fetched by hand, or if that is not used."""
+    """Bug: the message lacks the URL, the hash or the place for a file fetched by hand, or that is not used."""
     with pytest.raises(fetch.Unavailable) as caught:
         fetch.from_url(dead_url, MD5, cache=tmp_path)
     for part in (dead_url, MD5, str(tmp_path / "weights.h5"), "refused"):

@@ -158,7 +158,7 @@ def test_none():
 
 
 def test_no_official_file(monkeypatch: pytest.MonkeyPatch):
-    """Bug: a net with one published file is given the other kind."""
+    """Bug: a net with one published file is given it where the kind that is not published was asked for."""
     spec = nets.spec("vgg16")
     only = {"imagenet": spec.weights["imagenet"]}
     monkeypatch.setitem(nets.ZOO, "vgg16", dataclasses.replace(spec, weights=only))
