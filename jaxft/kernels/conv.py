@@ -33,7 +33,7 @@ from jax import lax
 Rows = Sequence[Any]  # numbers to be combined along one axis of a tile
 Planes = list[list[jax.Array]]  # [i][j]: element (i, j) of every tile, [B, tiles down, tiles across, channels]
 
-Pads = tuple[tuple[int, int], tuple[int, int]]  # ((above, below), (left, right))
+Pads = tuple[tuple[int, int], ...]  # ((above, below), (left, right))
 Finish = Callable[[jax.Array], jax.Array]  # what is done to a chunk of the output at once
 
 MINIMAL = ((3, 3), (5, 5), (1, 3), (3, 1), (1, 7), (7, 1))  # kernels that are filtered minimally
@@ -84,7 +84,7 @@ def _both_axes(transform: Callable[[Rows], list], planes: Planes) -> Planes:
     return [along(row) for row in zip(*columns, strict=True)]
 
 
-def _units(size: tuple[int, int]) -> list[list[list[tuple[int, int]]]]:
+def _units(size: tuple[int, ...]) -> list[list[list[tuple[int, int]]]]:
     """[i][j]: which units of a transformed kernel of that size are multiplied with element (i, j) of the tiles.
 
     Three taps become four units. Every two further taps become three units, which meet the next tile.
@@ -94,7 +94,7 @@ def _units(size: tuple[int, int]) -> list[list[list[tuple[int, int]]]]:
 
 
 def windows(
-    x: jax.Array, size: tuple[int, int], strides: tuple[int, int], pads: Pads, fill: float = 0.0
+    x: jax.Array, size: tuple[int, ...], strides: tuple[int, ...], pads: Pads, fill: float = 0.0
 ) -> list[jax.Array]:
     """For each place in a window, in the order of rows, the pixels that lie there: [B, H', W', C]."""
     x = lax.pad(x, jnp.array(fill, x.dtype), ((0, 0, 0), *((*pad, 0) for pad in pads), (0, 0, 0)))
@@ -105,7 +105,7 @@ def windows(
     return [x[:, row, column] for row in rows for column in columns]
 
 
-def _tiles(x: jax.Array, length: int, size: tuple[int, int], pads: Pads) -> Planes:
+def _tiles(x: jax.Array, length: int, size: tuple[int, ...], pads: Pads) -> Planes:
     """Elements of tiles of `length` pixels at steps of 2, along the axes of a kernel of that size with several taps."""
     window, steps = ([n if k > 1 else 1 for k in size] for n in (length, 2))
     ends = tuple(
@@ -116,7 +116,7 @@ def _tiles(x: jax.Array, length: int, size: tuple[int, int], pads: Pads) -> Plan
     return [elements[i : i + window[1]] for i in range(0, len(elements), window[1])]
 
 
-def _met(x: jax.Array, size: tuple[int, int], pads: Pads) -> Planes:
+def _met(x: jax.Array, size: tuple[int, ...], pads: Pads) -> Planes:
     """The transformed elements of tiles of 4 pixels, for each unit that meets them side by side."""
     planes = _both_axes(_of_input, _tiles(x, 4, size, pads))
     down, across = (n - max(k // 2 - 1, 0) for n, k in zip(planes[0][0].shape[1:3], size, strict=True))
@@ -196,7 +196,7 @@ def minimal_output(
     return _by_chunks(chunk, x, pixels if summed >= CHUNK_CHANNELS else (pixels + 1) // 2)
 
 
-def minimal_kernel_gradient(x: jax.Array, dy: jax.Array, size: tuple[int, int], pads: Pads) -> jax.Array:
+def minimal_kernel_gradient(x: jax.Array, dy: jax.Array, size: tuple[int, ...], pads: Pads) -> jax.Array:
     """The gradient [*size, C, D] of the kernel, from x [B, H, W, C] and the output's gradient [B, H', W', D]."""
 
     def products(x: jax.Array, dy: jax.Array) -> jax.Array:
@@ -211,7 +211,7 @@ def minimal_kernel_gradient(x: jax.Array, dy: jax.Array, size: tuple[int, int], 
     return jnp.stack([jnp.stack(row) for row in taps])
 
 
-def tap_kernel_gradient(x: jax.Array, dy: jax.Array, size: tuple[int, int], stride: int, pads: Pads) -> jax.Array:
+def tap_kernel_gradient(x: jax.Array, dy: jax.Array, size: tuple[int, ...], stride: int, pads: Pads) -> jax.Array:
     """The gradient [*size, C, D] of any kernel: a product for each tap over the pixels that it meets."""
 
     def taps(x: jax.Array, dy: jax.Array) -> jax.Array:
@@ -248,7 +248,7 @@ def row_output(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads, finish:
         x = lax.pad(x, jnp.zeros((), x.dtype), ends).reshape(len(x), -1, pixels // stride, stride * channels)
         rows = jnp.concatenate(windows(x, (height, 1), (stride, 1), ((0, 0), (0, 0))), -1)
         parts = jnp.split(rows @ groups, reach, -1)
-        return finish(sum(part[:, :, j : j + columns] for j, part in enumerate(parts)))
+        return finish(sum(part[:, :, j : j + columns] for j, part in enumerate(parts)))  # type: ignore[arg-type]
 
     return _by_chunks(chunk, x)
 
@@ -328,7 +328,7 @@ def _input_gradient(x: jax.Array, dy: jax.Array, kernel: jax.Array, stride: int,
 
 
 def explicit_pads(
-    x: jax.Array, window: tuple[int, int], strides: tuple[int, int], padding: str | Sequence[tuple[int, int]]
+    x: jax.Array, window: tuple[int, ...], strides: tuple[int, ...], padding: str | Sequence[tuple[int, int]]
 ) -> Pads:
     """The padding of images x [B, H, W, C], by name or given, in pixels, for windows at those strides."""
     if isinstance(padding, str):

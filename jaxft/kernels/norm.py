@@ -25,7 +25,7 @@ def normalise(
 
 
 def _normalise_forward(x, scale, bias, epsilon):
-    y, mean, var = normalise(x, scale, bias, epsilon)
+    y, mean, var = normalise(x, scale, bias, epsilon)  # type: ignore[misc]
     return (y, mean, var), (x, scale, mean, var)
 
 

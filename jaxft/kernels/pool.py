@@ -10,6 +10,7 @@ where windows do not overlap.
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -17,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxft.kernels.conv import explicit_pads, windows
+from jaxft.kernels.conv import Pads, explicit_pads, windows
 
-Pair = tuple[int, int]
+Pair = tuple[int, ...]
 NOWHERE = 255  # the place of no pixel
 
 
@@ -28,10 +29,10 @@ def max_pool(
 ) -> jax.Array:
     """The same as `flax.linen.max_pool`, for x [B, H, W, C]."""
     if jax.default_backend() != "cpu":
-        return nn.max_pool(x, window, strides, padding)
+        return nn.max_pool(x, window, strides, padding)  # type: ignore[arg-type]
     pads = explicit_pads(x, window, strides, padding)
     if min(map(min, pads)) < 0:
-        return nn.max_pool(x, window, strides, padding)
+        return nn.max_pool(x, window, strides, padding)  # type: ignore[arg-type]
     return _pool(x, window, strides, pads)
 
 
@@ -43,20 +44,21 @@ def avg_pool(
     Every window must hold a pixel that is not padding.
     """
     if jax.default_backend() != "cpu":
-        return nn.avg_pool(x, window, strides, padding, count_include_pad=False).astype(x.dtype)
+        mean = nn.avg_pool(x, window, strides, padding, count_include_pad=False)  # type: ignore[arg-type]
+        return mean.astype(x.dtype)
     around = explicit_pads(x, window, strides, padding)
     for axis, (k, stride, (low, high)) in enumerate(zip(window, strides, around, strict=True)):
         side, size, steps, pads = x.shape[1 + axis], [1, 1], [1, 1], [(0, 0), (0, 0)]
         first = np.arange(0, side + low + high - k + 1, stride) - low
         inside = np.minimum(first + k, side) - np.maximum(first, 0)
         size[axis], steps[axis], pads[axis] = k, stride, (low, high)
-        total = sum(windows(x, tuple(size), tuple(steps), tuple(pads)))
+        total: Any = sum(windows(x, tuple(size), tuple(steps), tuple(pads)))
         x = total / np.expand_dims(inside, [1, 2] if axis == 0 else [1]).astype(x.dtype)
     return x
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _pool(x: jax.Array, window: Pair, strides: Pair, pads: tuple[Pair, Pair]) -> jax.Array:
+def _pool(x: jax.Array, window: Pair, strides: Pair, pads: Pads) -> jax.Array:
     return functools.reduce(jnp.maximum, windows(x, window, strides, pads, -jnp.inf))
 
 
@@ -75,7 +77,7 @@ def _backward(window, strides, pads, saved, dy):
     # Pixel s·q + a of an axis, 0 ≤ a < s, lies in the windows q - d, d = 0, 1, …, at place a + s·d of each.
     blocks = [-(-(side + sum(pad)) // s) for side, pad, s in zip(sides, pads, strides, strict=True)]
     reach = [-(-k // s) for k, s in zip(window, strides, strict=True)]
-    total = 0.0
+    total: Any = 0.0
     for down in range(reach[0]):
         for right in range(reach[1]):
             ends = [(d, n - m - d, 0) for d, n, m in zip((down, right), blocks, dy.shape[1:3], strict=True)]

@@ -114,7 +114,7 @@ def create(name: str, num_classes: int | None = 1000, **options: Any) -> Net:
 def fields(name: str) -> tuple[str, ...]:
     """The options of the net called `name`, `num_classes` included."""
     net = spec(name).net
-    family = net.func if isinstance(net, functools.partial) else net
+    family: Any = net.func if isinstance(net, functools.partial) else net
     return tuple(field.name for field in dataclasses.fields(family) if field.name not in ("parent", "name"))
 
 

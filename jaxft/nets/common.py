@@ -56,7 +56,7 @@ class Spec:
         flattened: dense layer that follows a Flatten → (height, width) of the map that is flattened.
     """
 
-    net: Callable[..., nn.Module]
+    net: Callable[..., "Net"]
     about: str
     native_size: tuple[int, int]
     preprocessing: str
@@ -124,7 +124,7 @@ def check_fields(net: Any) -> None:
     """Raises ValueError for a field that every net has and that is not what the classes document."""
 
     def is_width(value: Any) -> bool:
-        return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value > 0
+        return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) > 0
 
     if net.num_classes is not None and not is_width(net.num_classes):
         raise ValueError(f"num_classes={net.num_classes!r} is no positive integer; None stops at the last feature map")
@@ -134,7 +134,9 @@ def check_fields(net: Any) -> None:
             "say hidden=(256,) for one, () for none"
         )
     rates = net.dropout if isinstance(net.dropout, tuple) else (net.dropout,)
-    if not all(isinstance(rate, numbers.Real) and not isinstance(rate, bool) and 0 <= rate < 1 for rate in rates):
+    if not all(
+        isinstance(rate, numbers.Real) and not isinstance(rate, bool) and 0 <= float(rate) < 1 for rate in rates
+    ):
         raise ValueError(f"dropout={net.dropout!r} is no rate from 0 to below 1")
     if isinstance(net.frozen, str):
         raise ValueError(
@@ -203,7 +205,7 @@ class BatchNorm(nn.Module):
 
         A mean takes a bias out again: the bias has no gradient, and nothing but the running mean depends on it.
         """
-        y, mean, var = normalise(x, self.gamma, self.beta, self.epsilon)
+        y, mean, var = normalise(x, self.gamma, self.beta, self.epsilon)  # type: ignore[misc]
         mean = mean + self.offset(bias)
         mean = mean if bias is None else mean + lax.stop_gradient(bias)
         if not self.is_initializing():
@@ -253,7 +255,7 @@ class Conv(nn.Module):
         options = {"strides": self.strides, "padding": self.padding, "relu": self.relu and at_once}
         x = convolve(x.astype(self.dtype), kernel, shift, factor=factor, **options)
         x = x if self.mean is None else self.mean(x)
-        x = norm.of_batch(x, bias) if of_batch else x
+        x = norm.of_batch(x, bias) if norm is not None and of_batch else x
         return nn.relu(x) if self.relu and not at_once else x
 
 
@@ -325,7 +327,7 @@ def head_table(widths: Mapping[str, int], dropout: float, *, pooled: bool = True
     """Stage → its layers, of the head that `head_stages` runs with the same arguments."""
     if not widths:
         return {}
-    table = {"avg_pool": ("avg_pool",)} if pooled else {}
+    table: dict[str, tuple[str, ...]] = {"avg_pool": ("avg_pool",)} if pooled else {}
     for name, rate in _rates(widths, dropout).items():
         flatten = () if table or pooled else ("flatten",)
         table[name] = (*flatten, *([f"{name}_dropout"] if rate else []), name)
