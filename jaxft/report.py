@@ -349,7 +349,7 @@ def _wrong_values(predictions: Predictions, names: Sequence[str], task: Task) ->
     off = np.where(known, np.abs(predictions.outputs - truth) / spread, -1)
     places = np.argsort(-off.ravel(), kind="stable")[: min(COLUMNS * ROWS, int(known.sum()))]
     worst = []
-    for place in places.tolist():
+    for place in map(int, places):
         row, c = divmod(place, truth.shape[1])
         name = f"{_short(names[c], 28)}\n" if len(names) > 1 else ""
         worst.append((row, f"{name}{truth[row, c]:.4g} → {predictions.outputs[row, c]:.4g}"))
