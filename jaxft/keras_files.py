@@ -3,35 +3,44 @@
 Source: the `save_weights` of Keras 0.3, 1.2, 2.x and 3.x.
 """
 
+import contextlib
 import dataclasses
-import hashlib
 import os
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import h5py
+import ml_dtypes
 import numpy as np
 
+from jaxft import fetch
 from jaxft.files import write_whole
 
 AUTOMATIC = re.compile(r"(?:convolution2d|conv2d|dense|batchnormalization|batch_normalization|scale)(?:_(\d+))?")
 _KERAS1_FIELD = re.compile(r"(.+)_(W|b|gamma|beta|running_mean|running_std)(?:_\d+)?")
 _MEMBER = "model.weights.h5"  # of a .keras zip
+_BFLOAT16 = np.dtype("V2")  # what h5py makes of it; no other two bytes are in a weight file
+_RANDOM_STATE = ("seed_generator", "seed_generator_state", "StateVar")  # of dropout and augmentation: no weights
+
+_KERAS_ONLY = "expected the weights of Keras: HDF5 (.h5) or a .keras zip"
+_OTHERS = (
+    f"It cannot fill a net here; {_KERAS_ONLY}. Take the Keras file of the same net (weights imagenet), "
+    "or move the weights into a Keras model and save_weights as .weights.h5"
+)
 
 
 def kind(shapes: Sequence[tuple[int, ...]]) -> str:
-    """The Keras class of a layer in snake case: that of a kernel's rank, or of vectors, of which a Scale has two."""
+    """The Keras class of a layer in snake case: by a kernel's rank, else by the number of vectors (a Scale has two)."""
     by_rank = {4: "conv2d", 2: "dense"}
     return by_rank.get(len(shapes[0]), "scale" if len(shapes) == 2 else "batch_normalization")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Tensor:
     """One array of a file, not read yet; `name` is what the file calls it."""
 
@@ -44,19 +53,26 @@ class Tensor:
 
     @property
     def dtype(self) -> np.dtype:
-        return self.data.dtype
+        return np.dtype(ml_dtypes.bfloat16) if self.data.dtype == _BFLOAT16 else self.data.dtype
+
+    def read(self, rows: slice = slice(None)) -> np.ndarray:
+        """The values as float32, or some rows of them."""
+        if rows == slice(None) and self.data.dtype != _BFLOAT16:
+            array = np.empty(self.shape, np.float32)
+            self.data.read_direct(array)
+            return array
+        return np.asarray(self.data[rows]).view(self.dtype).astype(np.float32)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Layer:
-    """One layer with weights; `name` is None where the file numbers its layers and names none."""
+    """One layer with weights; where a file names none, they count by kind as `conv2d_1`, `conv2d_2`, …"""
 
-    name: str | None
+    name: str
     tensors: tuple[Tensor, ...]
 
     @property
     def kind(self) -> str:
-        """As `kind` tells from the arrays' shapes."""
         return kind([tensor.shape for tensor in self.tensors])
 
 
@@ -66,12 +82,13 @@ class KerasFile:
 
     Attributes:
         path: of the file.
-        sha256: of the whole file, hexadecimal; computed while the arrays are read.
+        hashing: the computation of the whole file's SHA-256, which runs while the arrays are read.
         layout: "keras0.3-sequential", "keras0.3-graph", "keras1", "keras2" (names in attributes, as Keras 2 and the
             legacy h5 of Keras 3 write), or "keras3".
         container: "weights", "model" (a whole model with its optimizer) or "keras" (a zip).
         keras_version, backend: as the file states them, or None.
-        layers: those with weights; nested models are flattened, and other things than layers left out.
+        layers: those with weights, in the file's order. Nested models are flattened; the optimizer and the state of
+            random layers are left out.
     """
 
     path: Path
@@ -85,12 +102,15 @@ class KerasFile:
 
     @property
     def sha256(self) -> str:
-        return self.hashing.result()
+        """Of the whole file, hexadecimal."""
+        self.hashing.result()
+        return fetch.file_hash(self.path, "sha256")
 
-    @cached_property
+    @property
     def md5(self) -> str:
-        """Of the whole file, hexadecimal; what Keras publishes. Computed when it is asked for."""
-        return _hash(self.path, "md5")
+        """Of the whole file, hexadecimal; what Keras publishes."""
+        self.hashing.result()
+        return fetch.file_hash(self.path, "md5")
 
     def __enter__(self) -> "KerasFile":
         return self
@@ -104,12 +124,14 @@ def read(path: str | os.PathLike[str]) -> KerasFile:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not HDF5 or a .keras zip, is truncated, holds no Keras layout, or links to other files.
+        ValueError: it is of another library, truncated, no weight file of Keras, or links to other files.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
+        what = f"is a folder; {_KERAS_ONLY}" if path.is_dir() else "does not exist"
         raise FileNotFoundError(f"the weight file {path} {what}")
+    if foreign := _foreign(path):
+        raise ValueError(f"{path} is {foreign}")
     opened: list[Any] = []
 
     def close() -> None:
@@ -126,7 +148,7 @@ def read(path: str | os.PathLike[str]) -> KerasFile:
     except (OSError, KeyError, RuntimeError, zipfile.BadZipFile) as error:  # what h5py and zipfile raise on bad files
         close()
         raise ValueError(
-            f"{path} is not a whole Keras weight file ({error}); expected HDF5 (.h5) or a .keras zip. "
+            f"{path} is not a whole Keras weight file ({error}); {_KERAS_ONLY}. "
             "If it was downloaded, its transfer may have been cut short: download it again"
         ) from error
     except ValueError as error:
@@ -134,15 +156,45 @@ def read(path: str | os.PathLike[str]) -> KerasFile:
         raise ValueError(f"{path}: {error}") from error
     container = "keras" if zipped else found.pop("container")
     found.pop("container", None)
+    # Only a file that names no backend is looked up among the published ones; reading for md5 gives sha256 as well.
+    hash_kind = "md5" if found["backend"] is None and found["layout"] != "keras3" else "sha256"
     thread = ThreadPoolExecutor(1)  # beside the reading, on another core
-    hashing = thread.submit(_hash, path, "sha256")
+    hashing = thread.submit(fetch.file_hash, path, hash_kind)
     thread.shutdown(wait=False)
     return KerasFile(path=path, hashing=hashing, container=container, close=close, **found)
 
 
-def _hash(path: Path, kind: str) -> str:
+def _foreign(path: Path) -> str | None:
+    """What a file of another kind is, and what to do about it; None for HDF5, a .keras zip and the unknown."""
+    if h5py.is_hdf5(path):
+        return None
     with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.new(kind, usedforsecurity=False)).hexdigest()
+        start = file.read(4096)
+    names: list[str] = []
+    if zipfile.is_zipfile(path):
+        with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    if _MEMBER in names:
+        return None
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the weights it stands for: run `git lfs pull` in its repository"
+    if any(name.endswith("data.pkl") for name in names) or start.startswith(b"\x80\x02\x8a\x0al\xfc\x9cF"):
+        return f"a PyTorch file, a pickle that could run code when it is read. {_OTHERS}"
+    if start.startswith(b"\x80") or path.suffix in (".pth", ".pt", ".ckpt", ".pkl", ".pickle"):
+        return f"a pickle or a checkpoint of another library, as PyTorch writes them. {_OTHERS}"
+    if start.startswith(b"\x93NUMPY") or any(name.endswith(".npy") for name in names):
+        return f"a NumPy file of arrays, which does not say what its layers are. {_OTHERS}"
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 1 << 32:
+        return f"a safetensors file. {_OTHERS}"
+    if start.startswith(b"{") and b"weight_map" in start:
+        return "the index of weights that Keras saved in shards: load it in Keras and save it as one .weights.h5"
+    if start.startswith(b"\x1f\x8b"):
+        return "compressed with gzip: unpack it first"
+    if start.lstrip()[:9].lower() in (b"<!doctype", b"<html>") or start.lstrip()[:5].lower() == b"<html":
+        return "a web page, maybe one that asks to log in: download the file itself"
+    if names:
+        return f"a zip without {_MEMBER}, so not a .keras file. It holds {', '.join(names[:3])}; {_KERAS_ONLY}"
+    return None
 
 
 def _layout(file: h5py.File) -> dict[str, Any]:
@@ -152,12 +204,11 @@ def _layout(file: h5py.File) -> dict[str, Any]:
     if "nb_layers" in root.attrs:
         groups = [_child(root, f"layer_{k}") for k in range(int(root.attrs["nb_layers"]))]
         tensors = (_numbered(group, int(group.attrs.get("nb_params", len(group)))) for group in groups)
-        layers = [Layer(None, found) for found in tensors if found]
-        return stated | {"layout": "keras0.3-sequential", "layers": tuple(layers)}
+        return stated | {"layout": "keras0.3-sequential", "layers": _counted(found for found in tensors if found)}
     if "graph" in root:
         group = _child(root, "graph")
-        layers = _pairs(_numbered(group, int(group.attrs.get("nb_params", len(group)))))
-        return stated | {"layout": "keras0.3-graph", "layers": tuple(layers)}
+        pairs = _pairs(_numbered(group, int(group.attrs.get("nb_params", len(group)))))
+        return stated | {"layout": "keras0.3-graph", "layers": _counted(pairs)}
     if names := _names(root, "layer_names"):
         version = stated["keras_version"]
         layers = [layer for name in names for layer in _named(name, _child(root, name))]
@@ -183,7 +234,7 @@ def _child(group: Any, path: str) -> Any:
     if isinstance(group, h5py.Dataset):
         if group.is_virtual or group.external:
             raise ValueError(f"{group.name} keeps its data in another file; weight files keep their own")
-        if group.dtype.kind not in "fiu":
+        if group.dtype.kind not in "fiu" and group.dtype != _BFLOAT16:
             raise ValueError(f"{group.name} holds {group.dtype}, not numbers")
     return group
 
@@ -205,16 +256,27 @@ def _numbered(group: h5py.Group, count: int) -> tuple[Tensor, ...]:
     return tuple(Tensor(f"{group.name}/{path}".lstrip("/"), _child(group, path)) for path in paths)
 
 
-def _pairs(tensors: Sequence[Tensor]) -> Iterator[Layer]:
-    """A list without layers: a matrix or a kernel begins a layer, the vector behind it is its bias."""
+def _counted(layers: Iterable[tuple[Tensor, ...]]) -> tuple[Layer, ...]:
+    """Layers without names get those that Keras 1 would have given: the kind, counted from 1."""
+    counts: dict[str, int] = {}
+    named = []
+    for tensors in layers:
+        stem = kind([tensor.shape for tensor in tensors])
+        counts[stem] = counts.get(stem, 0) + 1
+        named.append(Layer(f"{stem}_{counts[stem]}", tensors))
+    return tuple(named)
+
+
+def _pairs(tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+    """The layers of a list of arrays: a matrix or a kernel begins one, the vector after it is its bias."""
     current: list[Tensor] = []
     for tensor in tensors:
         if len(tensor.shape) > 1 and current:
-            yield Layer(None, tuple(current))
+            yield tuple(current)
             current = []
         current.append(tensor)
     if current:
-        yield Layer(None, tuple(current))
+        yield tuple(current)
 
 
 def _named(name: str, group: h5py.Group) -> Iterator[Layer]:
@@ -222,24 +284,35 @@ def _named(name: str, group: h5py.Group) -> Iterator[Layer]:
     owners: dict[str, list[Tensor]] = {}
     for stored in _names(group, "weight_names"):
         bare = re.sub(r":\d+$", "", stored)
+        if bare.rpartition("/")[2] in _RANDOM_STATE:
+            continue
         keras1 = _KERAS1_FIELD.fullmatch(bare)
         owner = bare.rpartition("/")[0] or (keras1[1] if keras1 else name)
         owners.setdefault(owner, []).append(Tensor(stored, _child(group, stored)))
-    if len(owners) == 1:  # the entry's own name is more to be trusted than prefixes of scopes and copies
+    if len(owners) == 1:  # the entry's own name says more than prefixes of scopes and copies
         yield Layer(name, tuple(*owners.values()))
     else:
         yield from (Layer(owner, tuple(tensors)) for owner, tensors in owners.items())
 
 
 def _keras3(group: h5py.Group, prefix: str = "") -> Iterator[Layer]:
-    """Depth first; siblings of one class in the order of their numbers, which is the order of the model's layers."""
+    """Depth first; siblings of one class in the order of their numbers, which is the order of the model's layers.
 
-    def numbered(key: str) -> tuple[str, int]:
+    Nested models come before the layers beside them: a backbone comes before its head.
+    """
+
+    def is_group(parent: h5py.Group, key: str) -> bool:
+        own = isinstance(parent.get(key, getlink=True), h5py.HardLink)  # following a link could open another file
+        return own and parent.get(key, getclass=True) is h5py.Group
+
+    def numbered(key: str) -> tuple[bool, str, int]:
+        child: Any = group[key] if is_group(group, key) else {}
+        nested = any(is_group(child, inner) for inner in child if inner != "vars")
         stem, _, number = key.rpartition("_")
-        return (stem, int(number)) if stem and number.isdecimal() else (key, 0)
+        return (not nested, stem, int(number)) if stem and number.isdecimal() else (not nested, key, 0)
 
     for key in sorted(group, key=numbered):
-        if not prefix and key in ("optimizer", "vars"):
+        if key in _RANDOM_STATE or not prefix and key in ("optimizer", "vars"):
             continue
         child = _child(group, key)
         path = f"{prefix}/{key}".lstrip("/")
@@ -251,8 +324,8 @@ def _keras3(group: h5py.Group, prefix: str = "") -> Iterator[Layer]:
             tensors = [Tensor(f"{path}/{n}", _child(child, n)) for n in sorted(child, key=lambda n: (len(n), n))]
             name, attribute = _text(child.attrs.get("name")), prefix.rpartition("/")[2]
             # A subclassed model keys a layer by its attribute, which says more than an automatic name.
-            named = name is not None and not AUTOMATIC.fullmatch(name)
-            yield Layer(name if named else attribute, tuple(tensors))
+            keyed = name is None or AUTOMATIC.fullmatch(name) and not AUTOMATIC.fullmatch(attribute)
+            yield Layer(attribute if keyed or name is None else name, tuple(tensors))
 
 
 def write(path: Path, layers: Sequence[tuple[str, str, Mapping[str, np.ndarray]]]) -> None:

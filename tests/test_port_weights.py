@@ -1,7 +1,10 @@
 import dataclasses
+import gzip
 import hashlib
 import json
 import os
+import pickle
+import re
 import subprocess
 import sys
 import textwrap
@@ -14,7 +17,7 @@ import keras_layouts as write
 import numpy as np
 import pytest
 
-from jaxft import keras_files, nets, port_weights
+from jaxft import fetch, keras_files, nets, port_weights
 from jaxft.nets import vgg
 
 CLASSES = 12
@@ -200,7 +203,7 @@ def test_nested_models(tmp_path, layers):
     """Bug: an inner model is one layer with 26 arrays, or its head hides the user's own."""
     head = [("dense_1", [np.ones((6, CLASSES), np.float32), np.zeros(CLASSES, np.float32)])]
     path = write.nested(tmp_path / "w.h5", notop(layers), head)
-    variables, report = port_weights.load("vgg16", path, num_classes=CLASSES, head=())
+    variables, report = port_weights.load("vgg16", path, num_classes=CLASSES, fc=False)
     holds(variables, [*notop(layers), ("predictions", head[0][1])])
     assert report.layers["predictions"]["kernel"]["stored"] == "dense_1/kernel:0"
 
@@ -229,7 +232,7 @@ def test_files_by_keras_itself(tmp_path):
             if model is inner:
                 variables, _ = port_weights.load("vgg16", path, num_classes=None)
             else:
-                variables, _ = port_weights.load("vgg16", path, num_classes=CLASSES, head=())
+                variables, _ = port_weights.load("vgg16", path, num_classes=CLASSES, fc=False)
             holds(variables, expected)
 
 
@@ -246,7 +249,7 @@ def test_the_head_is_replaced_dropped_or_fresh(tmp_path, layers):
     np.testing.assert_array_equal(kernel, again["params"]["predictions"]["kernel"])
     assert not np.array_equal(kernel, other["params"]["predictions"]["kernel"])
 
-    pooled, report = port_weights.load("vgg16", path, num_classes=5, head=(9,))
+    pooled, report = port_weights.load("vgg16", path, num_classes=5, fc=False, hidden=(9,))
     assert report.dropped == ["fc1", "fc2"] and report.fresh == ["hidden1", "predictions"]
     assert list(pooled["params"])[-2:] == ["hidden1", "predictions"]
 
@@ -254,8 +257,10 @@ def test_the_head_is_replaced_dropped_or_fresh(tmp_path, layers):
 def test_fresh_values_are_those_of_the_nets_own_init(tmp_path, layers):
     """Bug: fresh layers are zeros, or drawn by other rules than the net's."""
     path = write.keras_3(tmp_path / "w.weights.h5", notop(layers))
-    variables, _ = port_weights.load("vgg16", path, num_classes=5, head=(9,), seed=2)
-    whole = nets.create("vgg16", 5, head=(9,)).init(jax.random.key(2), np.zeros((1, 224, 224, 3), np.float32))
+    variables, _ = port_weights.load("vgg16", path, num_classes=5, fc=False, hidden=(9,), seed=2)
+    whole = nets.create("vgg16", 5, fc=False, hidden=(9,)).init(
+        jax.random.key(2), np.zeros((1, 224, 224, 3), np.float32)
+    )
     for layer in ("hidden1", "predictions"):
         np.testing.assert_allclose(variables["params"][layer]["kernel"], whole["params"][layer]["kernel"], rtol=1e-6)
 
@@ -300,7 +305,7 @@ def test_strict(tmp_path, layers):
 def test_fc_layers_of_a_file_without_classifier(tmp_path, layers):
     """Bug: fc1 and fc2 start from random values although ported ones were asked for."""
     path = write.keras_3(tmp_path / "w.weights.h5", notop(layers), with_names=True)
-    with pytest.raises(ValueError, match=r"(?s)fc1: .*holds no classifier; take a pooled head"):
+    with pytest.raises(ValueError, match=r"(?s)fc1: .*The file lacks fc1, fc2; fc=False .*--head gap\b"):
         port_weights.load("vgg16", path, num_classes=CLASSES)
 
 
@@ -338,21 +343,90 @@ def test_files_that_are_not_whole_or_not_keras(tmp_path, layers):
         path.write_bytes(whole[:length])
         with pytest.raises(ValueError, match="bad.h5 is not a whole Keras weight file"):
             port_weights.load("vgg16", path)
-    path.write_bytes(b"<html>not found</html>" * 100)
-    with pytest.raises(ValueError, match="bad.h5 is not a whole Keras weight file"):
-        port_weights.load("vgg16", path)
     with h5py.File(path, "w") as file:
         file["temperature"] = np.zeros(3)
     with pytest.raises(ValueError, match="not of Keras.*temperature"):
         port_weights.load("vgg16", path)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("../../evil", "x")
-    with pytest.raises(ValueError, match="bad.h5 is not a whole Keras weight file"):
+    with pytest.raises(ValueError, match=r"bad.h5 is a zip without model.weights.h5, so not a .keras file"):
         port_weights.load("vgg16", path)
     with pytest.raises(FileNotFoundError, match="does not exist"):
         port_weights.load("vgg16", tmp_path / "none.h5")
     with pytest.raises(FileNotFoundError, match="is a folder"):
         port_weights.load("vgg16", tmp_path)
+
+
+def zipped(*names):
+    def fill(path):
+        with zipfile.ZipFile(path, "w") as archive:
+            for name in names:
+                archive.writestr(name, b"x")
+
+    return fill
+
+
+def holding(content):
+    return lambda path: path.write_bytes(content)
+
+
+SAFETENSORS = b'{"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}'
+CONVERT = "a .keras zip. Take the Keras file of the same net .* save_weights as .weights.h5"
+
+# file name → (what writes it, what the message must say)
+FOREIGN = {
+    "resnet50.pth": (zipped("resnet50/data.pkl", "resnet50/data/0"), f"is a PyTorch file.*{CONVERT}"),
+    "old.pt": (holding(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."), f"is a PyTorch file.*{CONVERT}"),
+    "w.pkl": (holding(pickle.dumps({"w": 1})), f"is a pickle.*{CONVERT}"),
+    "w.npz": (lambda path: np.savez(path, w=np.zeros(2)), f"is a NumPy file.*{CONVERT}"),
+    "w.npy": (lambda path: np.save(path, np.zeros(2)), f"is a NumPy file.*{CONVERT}"),
+    "w.safetensors": (
+        holding(len(SAFETENSORS).to_bytes(8, "little") + SAFETENSORS + bytes(4)),
+        f"is a safetensors file.*{CONVERT}",
+    ),
+    "lfs.h5": (
+        holding(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
+        "is a Git LFS pointer, .*git lfs pull",
+    ),
+    "w.weights.json": (
+        holding(json.dumps({"metadata": {}, "weight_map": {"/layers/dense/vars": "w_00000.weights.h5"}}).encode()),
+        "in shards: load it in Keras and save it as one",
+    ),
+    "w.h5.gz": (holding(gzip.compress(b"x")), "compressed with gzip: unpack it first"),
+    "login.h5": (holding(b"\n<!DOCTYPE html><html>log in</html>"), "is a web page"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_files_of_other_kinds_are_named(tmp_path, name):
+    """Bug: a PyTorch file, an LFS pointer, … is called a transfer that was cut short, and downloaded once more."""
+    make, message = FOREIGN[name]
+    make(tmp_path / name)
+    with pytest.raises(ValueError, match=f"(?s){name} is .*") as caught:
+        port_weights.load("vgg16", tmp_path / name)
+    assert re.search(message, str(caught.value)) and "cut short" not in str(caught.value)
+
+
+def test_a_suffix_is_no_evidence(tmp_path, layers):
+    """Bug: a whole Keras file is refused because its name ends as PyTorch's do."""
+    path = write.keras_3(tmp_path / "w.ckpt", layers)
+    holds(port_weights.load("vgg16", path, num_classes=CLASSES)[0], layers)
+
+
+def test_a_file_is_read_once_for_its_hashes(tmp_path, layers, monkeypatch):
+    """Bug: sha256 for the report and md5 for the published files take a reading each."""
+    path = write.named(tmp_path / "w.h5", layers, write.keras_1_official)
+    os.utime(path, (1e9, 1e9))
+    digests = []
+    new = hashlib.new
+    monkeypatch.setattr(fetch.hashlib, "new", lambda kind, **options: digests.append(kind) or new(kind, **options))
+    row = nets.ZOO["vgg16"]
+    weights = nets.WeightFile("", hashlib.md5(path.read_bytes()).hexdigest(), classifier=True)
+    monkeypatch.setitem(nets.ZOO, "vgg16", dataclasses.replace(row, weights={"x": weights}))
+    for _ in range(2):
+        _, report = port_weights.load("vgg16", path, num_classes=CLASSES)
+        assert report.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert sorted(digests) == ["md5", "sha256"]
 
 
 def test_files_that_reach_outside_themselves(tmp_path, layers):
@@ -406,14 +480,14 @@ def test_a_claimed_size_is_not_allocated(tmp_path, layers):
 
 
 @pytest.mark.parametrize("name", ["back.h5", "back.weights.h5"])
-@pytest.mark.parametrize("head", [None, (), (9, 8)])
-def test_what_is_saved_loads_again(tmp_path, layers, name, head):
+@pytest.mark.parametrize("options", [{}, {"fc": False}, {"fc": False, "hidden": (9, 8)}, {"hidden": (9,)}], ids=str)
+def test_what_is_saved_loads_again(tmp_path, layers, name, options):
     """Bug: the order of a pytree, which sorts names, becomes the order of the file."""
-    source = write.keras_3(tmp_path / "w.weights.h5", layers)
-    variables, _ = port_weights.load("vgg16", source, num_classes=CLASSES, head=head)
+    source = write.keras_3(tmp_path / "w.weights.h5", layers, with_names=True)
+    variables, _ = port_weights.load("vgg16", source, num_classes=CLASSES, ignore=["predictions"], **options)
     variables = jax.tree.map(np.asarray, variables)
-    port_weights.save("vgg16", variables, tmp_path / name, head=head)
-    again, report = port_weights.load("vgg16", tmp_path / name, num_classes=CLASSES, head=head)
+    port_weights.save("vgg16", variables, tmp_path / name, **options)
+    again, report = port_weights.load("vgg16", tmp_path / name, num_classes=CLASSES, **options)
     assert not report.fresh
     assert list(again["params"]) == [layer for layer in report.layers]
     jax.tree.map(np.testing.assert_array_equal, again, variables)
