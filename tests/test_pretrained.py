@@ -4,10 +4,11 @@ import os
 from pathlib import Path
 
 import h5py
+import numpy as np
 import pytest
 from served import Served, serve, wheel
 
-from jaxft import fetch, nets, pretrained
+from jaxft import fetch, keras_files, nets, pretrained
 
 FULL, NOTOP, HED = b"the official file", b"the same without classifier", b"edges"
 
@@ -166,19 +167,30 @@ def test_no_official_file(monkeypatch: pytest.MonkeyPatch):
         pretrained.resolve("vgg16", "imagenet", classifier=False)
 
 
-def test_a_file_is_read_once_for_all_its_hashes(official: Served, cache: Path, monkeypatch: pytest.MonkeyPatch):
-    """Bug: an official file of half a gigabyte is read for its md5, again for its sha256, and again when loaded."""
-    pretrained.resolve("vgg16", "imagenet", classifier=False, cache=cache)
-    file = cache / "vgg16" / "vgg16-imagenet-notop.h5"
+@pytest.mark.parametrize(("origin", "reads"), [("official", ["md5", "sha256"]), ("path", ["sha256"])])
+@pytest.mark.parametrize("suffix", [".h5", ".weights.h5"])
+def test_a_file_is_read_once_for_all_its_hashes(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, origin: str, reads: list[str], suffix: str
+):
+    """Bug: a file of half a gigabyte is read for its md5, again for its sha256, and once or twice more when loaded."""
+    file = cache / "vgg16" / f"some{suffix}"
+    file.parent.mkdir(parents=True)
+    keras_files.write(file, [("predictions", "dense", {"kernel": np.ones((2, 3), np.float32)})])
+    content = file.read_bytes()
     os.utime(file, (1e9, 1e9))  # as a file of an earlier day
-    reads = []
-    new = hashlib.new
-    monkeypatch.setattr(fetch.hashlib, "new", lambda name, **options: reads.append(name) or new(name, **options))
-    found = pretrained.resolve("vgg16", "imagenet", classifier=False, cache=cache)
-    assert sorted(reads) == ["md5", "sha256"]
-    assert fetch.file_hash(file, "sha256") == found.sha256 == sha256(NOTOP)
-    assert fetch.file_hash(file, "md5") == hashlib.md5(NOTOP).hexdigest()
-    assert sorted(reads) == ["md5", "sha256"]
+    spec = nets.spec("vgg16")
+    published = dataclasses.replace(
+        spec.weights["imagenet"], url=f"http://127.0.0.1:1/some{suffix}", md5=hashlib.md5(content).hexdigest()
+    )
+    monkeypatch.setitem(nets.ZOO, "vgg16", dataclasses.replace(spec, weights={"imagenet": published}))
+    made, new = [], hashlib.new
+    monkeypatch.setattr(fetch.hashlib, "new", lambda name, **options: made.append(name) or new(name, **options))
+    weights = "imagenet" if origin == "official" else file
+    found = pretrained.resolve("vgg16", weights, classifier=True, cache=cache)
+    with keras_files.read(file) as opened:
+        assert opened.sha256 == found.sha256 == sha256(content)
+        assert origin == "path" or opened.md5 == published.md5
+    assert made == reads
 
 
 def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
