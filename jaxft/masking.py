@@ -166,7 +166,8 @@ def freeze(
     def of_leaves(params: Params) -> Params:  # leaf by leaf, so that a mask given as a tree of all layers still fits
         return jax.tree_util.tree_map_with_path(lambda path, _: labels[path[0].key], params)
 
-    return optax.multi_transform({**groups, FROZEN: optax.set_to_zero()}, of_leaves)
+    # The last argument: each group sees its own part of the argument `grad`, too.
+    return optax.multi_transform({**groups, FROZEN: optax.set_to_zero()}, of_leaves, mask_compatible_extra_args=True)
 
 
 def split(params: Params, labels: Mapping[str, str]) -> tuple[Params, Params]:

@@ -209,10 +209,11 @@ def _transform(net: Net, params: Params, phase: Phase) -> Transform:
 def _init(tx: Transform, params: Params) -> optax.OptState:
     try:
         return _copy(tx(1.0).init(params))
-    except (TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(
             f"the optimizer {tx.phase.optimizer!r} fails on these parameters: {error}. It takes a schedule, a function "
-            "of the update count; a mask of it is a function (mask=masking.kernels) or a tree of all layers"
+            "of the update count, and gives an optax transform; a mask is a function of the parameters "
+            "(mask=masking.kernels) or a tree of all layers"
         ) from error
 
 
