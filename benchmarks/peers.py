@@ -96,10 +96,10 @@ def keras_model(job: Job) -> Any:
     """The net of the job in Keras, filled, its frozen layers not trainable, without dropout."""
     import keras
 
-    from benchmarks import parity
+    from tests.reference import keras_nets
 
     keras.mixed_precision.set_global_policy("float32" if job.dtype == "float32" else f"mixed_{job.dtype}")
-    model = parity.reference(job.net, job.image_size, classifier=True)
+    model = keras_nets.reference(job.net, job.image_size, classifier=True)
     model.load_weights(job.weights)
     frozen = frozen_layers(job, model)
     for layer in model.layers:

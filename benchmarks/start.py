@@ -125,8 +125,8 @@ def run(side: str, job: Job, programs: pathlib.Path) -> dict[str, float]:
 
 def measure(name: str, settings: Settings) -> tuple[list[str], str]:
     """The rows of a net: of its starts, and of its porting."""
-    from benchmarks import parity
     from jaxft import masking, nets
+    from tests.reference import keras_nets
 
     row = nets.spec(name)
     net: Any = nets.create(name, row.num_classes)
@@ -134,11 +134,11 @@ def measure(name: str, settings: Settings) -> tuple[list[str], str]:
     found: dict[tuple[str, str], list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         weights, batch = f"{folder}/net.weights.h5", f"{folder}/batch.npz"
-        parity.reference(name, row.native_size, classifier=True).save_weights(weights)
+        keras_nets.reference(name, row.native_size, classifier=True).save_weights(weights)
         size, rng = os.path.getsize(weights), np.random.default_rng(0)
         images = rng.normal(0, 1, (BATCH, *row.native_size, 3)).astype(np.float32)
         np.savez(batch, images=images, labels=rng.integers(0, row.num_classes, BATCH).astype(np.int32))
-        application = parity.APPLICATIONS[name].__name__
+        application = keras_nets.APPLICATIONS[name].__name__
         job = Job(
             name, application, row.num_classes, row.native_size, weights, batch, settings.freeze, tuple(sorted(frozen))
         )

@@ -23,10 +23,10 @@ import numpy as np
 import optax
 import tyro
 
-from benchmarks import parity
 from benchmarks.machine import write_table
 from jaxft import nets, optim, train, train_state
 from jaxft.preprocess import PREPROCESSING
+from tests.reference import keras_nets
 
 BATCH = 8
 
@@ -56,10 +56,10 @@ def trace_ours(name: str) -> None:
 def trace_keras(name: str) -> None:
     keras.backend.clear_session()
     row = nets.spec(name)
-    if name in parity.APPLICATIONS:
-        model = parity.APPLICATIONS[name](weights=None, classifier_activation=None)
+    if name in keras_nets.APPLICATIONS:
+        model = keras_nets.APPLICATIONS[name](weights=None, classifier_activation=None)
     else:
-        model = parity.REFERENCES[name]()
+        model = keras_nets.REFERENCES[name]()
     optimizer = keras.optimizers.SGD(1e-3, momentum=0.9, nesterov=True)
     optimizer.build(model.trainable_variables)
     entropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True)

@@ -40,11 +40,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import flops, parity, peers
+from benchmarks import peers
 from benchmarks.machine import hardware
 from jaxft import nets
 from jaxft.files import write_csv
 from jaxft.progress import bar
+from tests.reference import cost, keras_nets
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 1e-2}  # of the checked losses, as a fraction of the first one
 TOLERANCE_TF32 = 1e-2  # of float32 on a GPU
@@ -132,9 +133,9 @@ def measure(settings: Settings, name: str, freeze: str) -> list[dict[str, Any]]:
     row = nets.spec(name)
     size = (settings.image_size, settings.image_size) if settings.image_size else row.native_size
     net: Any = nets.create(name, row.num_classes, dtype=jnp.dtype(settings.dtype), **peers.without_dropout(name))
-    net, state = flops.shapes(net, freeze, size)
-    step_flops = flops.formula(net, state, size, settings.batch_size)
-    lowered_flops = flops.traced_step(state, size, settings.batch_size).lower().cost_analysis()["flops"]
+    net, state = cost.shapes(net, freeze, size)
+    step_flops = cost.formula(net, state, size, settings.batch_size)
+    lowered_flops = cost.traced_step(net, state, size, settings.batch_size).lower().cost_analysis()["flops"]
     peak_command = [sys.executable, "-m", "benchmarks.flops", settings.dtype]
     peak_flops = float(subprocess.run(peak_command, check=True, stdout=subprocess.PIPE, text=True).stdout)
     sides: dict[str, Side] = {}
@@ -142,7 +143,7 @@ def measure(settings: Settings, name: str, freeze: str) -> list[dict[str, Any]]:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         advance = stack.enter_context(bar(f"{name} {freeze}", settings.rounds, unit="rounds"))
         file = pathlib.Path(folder) / "net.weights.h5"
-        parity.reference(name, size, classifier=True).save_weights(file)
+        keras_nets.reference(name, size, classifier=True).save_weights(file)
         job = peers.Job(name, str(file), tuple(sorted(net.frozen)), size, settings.batch_size, settings.dtype)
         for side in ("jaxft", *(peer for peer in settings.peers if takes_part(peer, name, freeze))):
             advance(0, f"building {side}")
