@@ -160,7 +160,10 @@ class _Display:
         )
         notebook = _in_notebook()
         # A notebook gets plain text that is replaced: rich's own way there needs ipywidgets.
-        console = Console(file=io.StringIO(), width=110) if notebook else Console(stderr=True)
+        if notebook:
+            console = Console(file=io.StringIO(), width=110, color_system=None, force_jupyter=False)
+        else:
+            console = Console(stderr=True)
         shown = self.shown = progress.Progress(*columns, console=console, disable=notebook, transient=True)
         if notebook:
             from IPython.display import display  # pyright: ignore[reportMissingImports]
