@@ -111,7 +111,8 @@ class Report:
         for layer, leaves in self.layers.items():
             shown = (f"{leaf} {'×'.join(map(str, found['shape']))}" for leaf, found in leaves.items())
             casts = {found["dtype"] for found in leaves.values()} - {"float32"}
-            notes = [f"from {self.names[layer]}"] * (layer in self.names) + [f"cast from {cast}" for cast in casts]
+            notes = [f"from {self.names[layer]}"] if layer in self.names else []
+            notes += [f"cast from {cast}" for cast in casts]
             lines.append(f"  {layer:<{width}}  {', '.join(shown)}" + (f"  ({'; '.join(notes)})" if notes else ""))
         for what in ("fresh", "replaced", "dropped", "ignored"):
             if names := getattr(self, what):
