@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxft.data import Dataset
-from jaxft.files import write_whole
+from jaxft.files import read_json, write_whole
 from jaxft.predict import Predictions
 from jaxft.task import Task, class_losses, label_figures, label_losses
 
@@ -311,9 +311,31 @@ def lr_curve(path: pathlib.Path, rates: Sequence[float], losses: Sequence[float]
 def table(title: str, rows: Mapping[str, Any]) -> None:
     """Prints names and values as a table."""
     shown = Table(title=title, show_header=False, title_justify="left")
+    shown.add_column(overflow="fold")  # in several lines, where rich would cut what is long
+    shown.add_column(overflow="fold")
     for name, value in rows.items():
         shown.add_row(name, str(value))
     Console(soft_wrap=True).print(shown)
+
+
+def result(title: str, folder: pathlib.Path, rows: Mapping[str, Any]) -> None:
+    """Prints what `summary.json` of a run's folder says: figures, the state that was kept, speed; then `rows`."""
+    summary = read_json(folder / "summary.json")
+    figures = {
+        name.replace("_", " "): "undefined"
+        if value is None
+        else f"{value:.2%}"
+        if "accuracy" in name
+        else f"{value:.4f}"
+        for name, value in summary["metrics"].items()
+    }
+    kept, speed = summary["kept"], summary["images_per_second"]
+    about = {
+        "held-out images": summary["images"]["held_out"],
+        "state": f"{kept['which']}, epoch {kept['epoch']} of {summary['epochs']}",
+        "speed": f"{speed:.1f} images/s" if speed else "not measured: every step compiled",
+    }
+    table(title, {**figures, **about, **rows, "everything else": folder})
 
 
 def _wrong_classes(predictions: Predictions, classes: Sequence[str], task: Task) -> tuple[str, list[tuple[int, str]]]:

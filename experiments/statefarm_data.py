@@ -1,0 +1,63 @@
+"""What the experiments on State Farm share: the data, Kaggle's or drawn ones, and the table at the end."""
+
+import pathlib
+import sys
+from typing import Any
+
+from experiments import standin
+from jaxft import devices, fetch, nets, pretrained, report
+from jaxft.data import Dataset, statefarm
+from jaxft.model import Model
+from jaxft.runs import Run
+
+KAGGLE = pathlib.Path("data/state-farm-distracted-driver-detection")  # where the bare command looks for Kaggle's data
+DRIVERS, IMAGES = 80, 10  # of the stand-in; images of each driver
+NOTE = "STAND-IN DATA: these images are drawn by a program; this score says nothing about State Farm."
+
+
+def is_absent() -> bool:
+    """Whether the command line names no folder and Kaggle's data are not where the bare command looks for them."""
+    return not KAGGLE.exists() and not any(word.partition("=")[0] == "--data-dir" for word in sys.argv)
+
+
+def open_data(data_dir: pathlib.Path | None, seed: int) -> tuple[Dataset, bool]:
+    """(the dataset, whether it is the stand-in, which is drawn where there is no folder and then said).
+
+    Raises:
+        FileNotFoundError, ValueError: as `statefarm.prepare`.
+    """
+    folder = data_dir.expanduser() if data_dir else KAGGLE if KAGGLE.exists() else None
+    if folder is None:
+        name = f"standin-v{standin.VERSION}-{DRIVERS}x{IMAGES}-seed{seed}"
+        folder = standin.render(fetch.cache_folder() / name, drivers=DRIVERS, images_per_driver=IMAGES, seed=seed)
+    is_standin = (folder / standin.MARKER).exists()
+    if is_standin and devices.is_writer():
+        print(NOTE, flush=True)
+    return statefarm.prepare(folder, fetch.cache_folder()), is_standin
+
+
+def vgg16_head(head: str, weights: str, image_size: int) -> tuple[str | pretrained.Weights, dict[str, Any]]:
+    """(the weights, the options of the head); "auto" is `fc` where the official file can be had and the size fits it.
+
+    Raises:
+        ValueError: the head is none of auto, fc, gap and gap:WIDTH,…
+        fetch.Unavailable: imagenet is asked for and cannot be fetched.
+    """
+    if head != "auto":
+        return weights, nets.head_options("vgg16", head)
+    if image_size in range(224, 256) and weights in ("auto", "imagenet"):
+        try:
+            return pretrained.resolve("vgg16", weights, classifier=True), {"fc": True}
+        except fetch.Unavailable:
+            if weights == "imagenet":
+                raise
+    return weights, {"fc": False}
+
+
+def show(title: str, run: Run, model: Model, is_standin: bool) -> None:
+    """Prints the figures, which state was kept, how fast it went, the weights and the data."""
+    if devices.is_writer():
+        data = {"data": "stand-in, drawn by a program"} if is_standin else {}
+        report.result(title, run.folder, {"weights": model.source["source"], **data})
+        if is_standin:
+            print(NOTE)

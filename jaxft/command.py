@@ -1,0 +1,53 @@
+"""A command around a function: its arguments come from the command line, and what a user can cause ends in one line."""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import tyro
+
+from jaxft import devices, fetch
+from jaxft.checkpoint import CheckpointError
+from jaxft.train import Diverged, Stopped
+
+ALIASES = {"--workdir": "--folder", "--learning-rate": "--lr"}  # words that people try
+
+PROCESSES = """\
+One run over several processes: start each with --coordinator HOST:PORT --processes N --process INDEX; under Slurm, Open
+MPI or Kubernetes they find each other."""
+
+
+def run(main: Callable[..., Any]) -> None:
+    """Calls `main` with the arguments of the command line, which tyro reads off its signature and docstring.
+
+    Exit statuses: 0 done; 1 an error, in one message on standard error; 2 a bad command line; 128 + N stopped by
+    signal N, with the state saved where there was one.
+    """
+    several = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    several.add_argument("--coordinator")
+    several.add_argument("--processes", type=int)
+    several.add_argument("--process", type=int)
+    joined, rest = several.parse_known_args()
+    words = (word.partition("=") for word in rest)
+    rest = ["".join((ALIASES.get(flag, flag), equals, value)) for flag, equals, value in words]
+    summary = (main.__doc__ or "").partition("\n")[0]
+    with exits():
+        devices.initialise(joined.coordinator, joined.processes, joined.process)
+        tyro.cli(main, args=rest, description=f"{summary}\n\n{PROCESSES}")
+
+
+@contextmanager
+def exits() -> Iterator[None]:
+    """Turns what a user can cause into one message and an exit status, around the body of a command."""
+    try:
+        yield
+    except Stopped as stopped:
+        print(f"{stopped}; run the same command again to go on", file=sys.stderr)
+        sys.exit(128 + stopped.signum)
+    except KeyboardInterrupt:
+        print("stopped before the next save; run the same command again to go on from the last one", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError, CheckpointError, fetch.Unavailable, Diverged) as error:
+        sys.exit(f"error: {error}")
