@@ -196,7 +196,8 @@ def labels(path: pathlib.Path, predictions: Predictions, classes: Sequence[str],
         axes.set(title=title, xlim=(0, 1.15 * limit if fraction else 1.35 * limit))
         axes.grid(alpha=0.3, axis="x")
         axes.set_axisbelow(True)
-    panels[0].set_yticks(np.arange(len(shown)), [_distinct(classes, 32)[c] for c in shown.tolist()], fontsize=8)
+    names = _distinct(classes, 32)
+    panels[0].set_yticks(np.arange(len(shown)), [names[c] for c in shown.tolist()], fontsize=8)
     panels[0].set_ylim(len(shown) - 0.5, -0.5)
     panels[-1].xaxis.set_major_locator(MaxNLocator(4, integer=True))
     if len(shown) < len(classes):
