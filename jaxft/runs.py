@@ -190,15 +190,21 @@ def require_writable(folder: pathlib.Path) -> None:
     Raises:
         OSError: it cannot be made or written to.
     """
-    try:
-        created = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
-        files.write_whole(folder / "probe", lambda path: path.write_bytes(b"1"))
-        (folder / "probe").unlink()
-        for parent in created:
-            parent.rmdir()
-    except OSError as error:
-        raise OSError(f"the folder {folder} cannot be written to ({error}); choose another") from error
+    failure = None
+    if devices.is_writer():  # two processes would take the probe, and the folder, away from each other
+        try:
+            created = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+            folder.mkdir(parents=True, exist_ok=True)
+            files.write_whole(folder / "probe", lambda path: path.write_bytes(b"1"))
+            (folder / "probe").unlink()
+            for parent in created:
+                parent.rmdir()
+        except OSError as error:
+            failure = error
+    if devices.any_process(failure is not None):
+        raise OSError(
+            f"the folder {folder} cannot be written to ({failure or 'says the first process'}); choose another"
+        ) from failure
 
 
 def write_record(folder: pathlib.Path, record: Mapping[str, Any], model: Mapping[str, Any]) -> None:
