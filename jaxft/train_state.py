@@ -115,7 +115,7 @@ def create(net: Net, variables: Mapping[str, Mapping[str, Any]], phase: Phase, *
         ValueError: nothing is left to train, the net is frozen otherwise than the phase says, a group names no layer,
             or layers have no schedule.
     """
-    params, stats = _copy(dict(variables["params"])), _copy(dict(variables.get("batch_stats", {})))
+    params, stats = copied(dict(variables["params"])), copied(dict(variables.get("batch_stats", {})))
     tx = _transform(net, params, phase)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -144,7 +144,7 @@ def next_phase(state: TrainState, net: Net, phase: Phase) -> TrainState:
     Raises:
         ValueError: as `create`; or the state is to be carried, and the optimizers have none in common.
     """
-    params, stats = _copy(state.params), _copy(state.batch_stats)
+    params, stats = copied(state.params), copied(state.batch_stats)
     tx = _transform(net, params, phase)
     opt_state = _init(tx, params)
     if phase.momentum == "carry":
@@ -153,17 +153,16 @@ def next_phase(state: TrainState, net: Net, phase: Phase) -> TrainState:
     if average is not None and state.average is not None:
         old = state.average
         average = {
-            kind: {layer: _copy(old[kind].get(layer, leaves)) for layer, leaves in layers.items()}
+            kind: {layer: copied(old[kind].get(layer, leaves)) for layer, leaves in layers.items()}
             for kind, layers in average.items()
         }
-    key = jax.random.wrap_key_data(_copy(jax.random.key_data(state.rng)), impl=jax.random.key_impl(state.rng))
     return dataclasses.replace(
         state,
-        step=_copy(state.step),
+        step=copied(state.step),
         params=params,
         batch_stats=stats,
         opt_state=opt_state,
-        rng=key,
+        rng=copied(state.rng),
         lr_scale=jnp.ones_like(state.lr_scale),
         average=average,
         apply_fn=net.apply,
@@ -188,9 +187,15 @@ def averaged(state: TrainState) -> dict[str, Params] | None:
     return jax.tree.map(lambda mean, value: mean + rest * (value - mean), state.average, now)
 
 
-def _copy(tree: Any) -> Any:
+def copied(tree: Any) -> Any:
     """The same tree on buffers of its own: a donated state may hold none twice, and none that its caller keeps."""
-    return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tree)
+
+    def copy(leaf: Any) -> jax.Array:
+        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(copy(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
+        return jnp.array(leaf, copy=True)
+
+    return jax.tree.map(copy, tree)
 
 
 def _transform(net: Net, params: Params, phase: Phase) -> Transform:
@@ -208,7 +213,7 @@ def _transform(net: Net, params: Params, phase: Phase) -> Transform:
 
 def _init(tx: Transform, params: Params) -> optax.OptState:
     try:
-        return _copy(tx(1.0).init(params))
+        return copied(tx(1.0).init(params))
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(
             f"the optimizer {tx.phase.optimizer!r} fails on these parameters: {error}. It takes a schedule, a function "
@@ -223,7 +228,7 @@ def _average(phase: Phase, labels: Mapping[str, str], params: Params, stats: Par
         return None
     raw = {"params": params, "batch_stats": stats}
     return {
-        kind: _copy({layer: leaves for layer, leaves in layers.items() if labels.get(layer) != FROZEN})
+        kind: copied({layer: leaves for layer, leaves in layers.items() if labels.get(layer) != FROZEN})
         for kind, layers in raw.items()
     }
 
@@ -251,7 +256,7 @@ def _carry(state: TrainState, tx: Transform, fresh: optax.OptState) -> optax.Opt
             if old is None or (old.shape, old.dtype) != (leaf.shape, leaf.dtype):
                 return leaf
             carried += 1
-            return _copy(old)
+            return copied(old)
 
         return jax.tree_util.tree_map_with_path(leaf_of, group)
 

@@ -1,0 +1,112 @@
+"""The range test: which learning rates a net trains at, found by raising the rate until the loss grows."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxft import optim
+from jaxft.train_state import TrainState, copied
+
+SMOOTHING = 0.9  # share of the mean before in the running mean of the losses
+DIVERGED = 4.0  # times the best running mean, at which the test ends
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LrCurve:
+    """What a range test found; `report.lr_curve` draws it.
+
+    Attributes:
+        rates: float64 [n], rising, each the rate of one update.
+        losses: float64 [n], finite: the loss of the batch before that update.
+        suggestion: the rate at which the smoothed loss falls most steeply; None if it does not fall.
+    """
+
+    rates: np.ndarray
+    losses: np.ndarray
+    suggestion: float | None
+
+
+def range_test(
+    state: TrainState,
+    train_step: Callable[[TrainState, Any], tuple[TrainState, dict[str, Any]]],
+    batches: Iterable[Any],
+    *,
+    lowest: float = 1e-7,
+    highest: float = 1.0,
+    steps: int = 100,
+) -> LrCurve:
+    """Trains a copy of `state` for `steps` updates at rates from `lowest` to `highest`, in equal ratios.
+
+    The test ends early when the loss is not finite, or its running mean exceeds 4 times the best one. The given state
+    stays as it is, and usable.
+
+    >>> phase = Phase(1, optim.Constant(1.0), optim.NesterovSGD())  # the optimizer to find a rate for, at a rate of 1
+    >>> curve = range_test(train_state.create(net, variables, phase), train_step, batches)
+
+    Args:
+        state: of a phase whose schedule is `optim.Constant(1.0)`, as the test sets the rate through `lr_scale`. With
+            groups, schedules that multiply it keep their ratios, and the rates are those of the fastest group.
+        train_step: (state, batch) → (state, figures), of which "loss" is read, as `train.make_train_step` gives it.
+        batches: `steps` or more, placed on the devices.
+
+    Raises:
+        ValueError: the range or the phase is not as above, or there are too few batches.
+
+    Source: Smith 2015, "Cyclical Learning Rates for Training Neural Networks"; the steepest descent for a suggestion is
+    fastai's.
+    """
+    optim.check_count("steps of a range test", steps, 10)
+    optim.check_real("lowest", lowest, lambda rate: rate > 0, "a finite rate above 0")
+    optim.check_real("highest", highest, lambda rate: rate > lowest, f"a finite rate above lowest={lowest}")
+    phase = state.tx.phase
+    if max(phase.rates(0).values()) != 1.0 or phase.rates(0) != phase.rates(steps):
+        raise ValueError(f"a range test sets the rate itself: make its phase with optim.Constant(1.0), not {phase!r}")
+    state = copied(state)
+    source = iter(batches)
+    rates = np.geomspace(lowest, highest, steps)
+    losses: list[float] = []
+    mean, best = 0.0, math.inf
+    for done, rate in enumerate(rates):
+        batch = next(source, None)
+        if batch is None:
+            raise ValueError(
+                f"a range test of {steps} steps wants as many batches, not {done}; give it more, or fewer steps"
+            )
+        state = dataclasses.replace(state, lr_scale=jnp.full_like(state.lr_scale, rate))
+        state, figures = train_step(state, batch)
+        loss = float(figures["loss"])
+        if not math.isfinite(loss):
+            break
+        losses.append(loss)
+        mean = SMOOTHING * mean + (1 - SMOOTHING) * loss
+        smooth = mean / (1 - SMOOTHING ** len(losses))
+        best = min(best, smooth)
+        if smooth > DIVERGED * best:
+            break
+    found = np.asarray(losses)
+    return LrCurve(rates[: len(found)], found, suggest(rates[: len(found)], found))
+
+
+def suggest(rates: np.ndarray, losses: np.ndarray) -> float | None:
+    """The rate at which the smoothed loss falls most steeply by the logarithm of the rate, before it is lowest.
+
+    None where the loss falls nowhere, or there are less than three rates.
+    """
+    if len(losses) < 3:
+        return None
+    smooth = (_running_mean(losses) + _running_mean(losses[::-1])[::-1]) / 2  # both ways, so that nothing lags
+    slopes = np.gradient(smooth, np.log(rates))[: max(int(smooth.argmin()), 1)]
+    steepest = int(slopes.argmin())
+    return float(rates[steepest]) if slopes[steepest] < 0 else None
+
+
+def _running_mean(losses: np.ndarray) -> np.ndarray:
+    means, mean = [], 0.0
+    for count, loss in enumerate(losses, 1):
+        mean = SMOOTHING * mean + (1 - SMOOTHING) * loss
+        means.append(mean / (1 - SMOOTHING**count))
+    return np.asarray(means)
