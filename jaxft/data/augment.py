@@ -160,7 +160,7 @@ class Blur:
     def __post_init__(self):
         check_number(self, "sigma", 0, 100, "pixels")
         check_number(self, "probability", 0, 1, "a probability")
-        if self.size is not None and not (isinstance(self.size, int) and self.size >= 1 and self.size % 2):
+        if self.size is not None and not (type(self.size) is int and self.size >= 1 and self.size % 2):
             raise ValueError(f"Blur: size {self.size!r}, expected an odd number of pixels, such as 3 or 5, or None")
 
     def __call__(self, key: jax.Array, images: jax.Array, labels: Any) -> tuple[jax.Array, Any]:
@@ -216,7 +216,7 @@ class Erase:
             raise ValueError(f"Erase: fill {self.fill!r}, expected 'mean' or 'noise'")
         if not isinstance(self.area, tuple | list) or len(self.area) != 2 or not all(map(_is_number, self.area)):
             raise ValueError(f"Erase: area {self.area!r}, expected (smallest, largest), such as (0.02, 0.33)")
-        object.__setattr__(self, "area", tuple(self.area))
+        object.__setattr__(self, "area", tuple(map(float, self.area)))
         if not 0 < self.area[0] <= self.area[1] <= 1:
             raise ValueError(f"Erase: area {self.area}, expected 0 < smallest <= largest <= 1, such as (0.02, 0.33)")
 
@@ -340,8 +340,9 @@ def _is_number(value: object) -> bool:
 def check_number(
     step: Any, name: str, low: float, high: float, unit: str, *, above: bool = False, below: bool = False
 ) -> None:
-    """Refuses a setting of `step` that is no number from `low` (or `above` it) to `high` (or `below` it)."""
+    """Refuses a setting of `step` that is not a number from `low` (or `above` it) to `high` (or `below` it)."""
     value = getattr(step, name)
     if not _is_number(value) or not low <= value <= high or (above and value == low) or (below and value == high):
         bounds = f"{'above ' if above else ''}{low:g} to {'below ' if below else ''}{high:g}"
         raise ValueError(f"{type(step).__name__}: {name} {value!r}, expected {unit} of {bounds}")
+    object.__setattr__(step, name, float(value))  # 5, 5.0 and np.float32(5) have one repr

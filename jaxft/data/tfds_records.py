@@ -63,7 +63,7 @@ class Images:
         for source in self.sources:
             if index < len(source):
                 # TFDS's own decoding of the other features takes six times as long as this.
-                example = tf_example_pb2.Example.FromString(source[index])
+                example = tf_example_pb2.Example.FromString(source[index])  # pyright: ignore[reportAttributeAccessIssue]
                 return example.features.feature["image"].bytes_list.value[0]
             index -= len(source)
         raise IndexError(f"there are {len(self)} images")
