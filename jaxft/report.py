@@ -193,7 +193,7 @@ def labels(path: pathlib.Path, predictions: Predictions, classes: Sequence[str],
             text = "undefined" if math.isnan(figure_of_label) else f"{figure_of_label:.2f}"
             text = text if fraction else f"{int(figure_of_label)} of {counts[shown[place]]}"
             axes.text(np.nan_to_num(figure_of_label) + 0.02 * limit, place, text, va="center", fontsize=7)
-        axes.set(title=title, xlim=(0, 1.15 * limit if fraction else 1.35 * limit))
+        axes.set(title=title, xlim=(0, 1.15 * limit if fraction else 1.5 * limit))
         axes.grid(alpha=0.3, axis="x")
         axes.set_axisbelow(True)
     names = _distinct(classes, 32)
@@ -201,7 +201,8 @@ def labels(path: pathlib.Path, predictions: Predictions, classes: Sequence[str],
     panels[0].set_ylim(len(shown) - 0.5, -0.5)
     panels[-1].xaxis.set_major_locator(MaxNLocator(4, integer=True))
     if len(shown) < len(classes):
-        figure.text(0.5, 1, f"the {len(shown)} of {len(classes)} labels with the lowest average precision", ha="center")
+        note = f"the {len(shown)} of {len(classes)} labels with the lowest average precision"
+        panels[1].annotate(note, (0.5, 1), (0, 26), "axes fraction", "offset points", ha="center")
     _save(path, figure)
 
 

@@ -266,11 +266,11 @@ def _class_metrics(predictions: Predictions, top_k: int) -> dict[str, float]:
     # The mean recall of the classes that occur; scikit-learn's balanced accuracy is the same, and warns of the others.
     figures["balanced_accuracy"] = metrics.recall_score(y, guess, labels=np.unique(y), average="macro")
     figures["macro_f1"] = metrics.f1_score(y, guess, average="macro")
-    present = np.isin(classes, y)
-    if len(classes) > 1 and present.all():
-        scored = classes[1:] if len(classes) == 2 else classes
-        figures["roc_auc"] = np.mean([metrics.roc_auc_score(y == c, p[:, c]) for c in scored])
-        figures["average_precision"] = np.mean([metrics.average_precision_score(y == c, p[:, c]) for c in scored])
+    if len(classes) > 1 and np.isin(classes, y).all():
+        # One class against the rest; of two classes, the second.
+        truth, scores = (y, p[:, 1]) if len(classes) == 2 else ((y[:, None] == classes).astype(np.int8), p)
+        figures["roc_auc"] = metrics.roc_auc_score(truth, scores)
+        figures["average_precision"] = metrics.average_precision_score(truth, scores)
     figures["ece"] = calibration_error(p.max(1), guess == y)
     return {name: float(figure) for name, figure in figures.items()}
 
