@@ -1,6 +1,7 @@
 """The progress bar of everything that takes long: in a terminal, in a notebook, and silent elsewhere."""
 
 import io
+import math
 import sys
 import threading
 import time
@@ -26,27 +27,30 @@ class Advance(Protocol):
 class Pace:
     """The steady rate of something that is interrupted, and what time the rest will take.
 
-    Left out of the rate: interruptions (`pause` to `resume`), work that the caller calls untimed because it compiled,
-    the first work of all for the same reason, and the work after these, which may only have been handed to the device.
+    Left out of the rate: the interval in which something else was done (an evaluation and what follows it), work that
+    the caller calls untimed because it compiled, the first work of all for the same reason, and the work after these,
+    which may only have been handed to the device.
     """
 
     def __init__(self):
         self.seconds = self.units = 0.0  # of timed work
         self.all_units = 0.0
-        self.paused = self.paused_per_unit = 0.0
+        self.lost = self.lost_per_unit = 0.0  # seconds of interruptions
+        self.interrupted = False
         self.skip = 2
         self.last = time.monotonic()
-        self.pauses: list[float] = []  # when each pause under way began; they nest
         self.samples: deque[tuple[float, float]] = deque([(0.0, 0.0)])
 
     def advance(self, n: float, timed: bool = True) -> None:
         """Counts n units of work as done now."""
         now = time.monotonic()
-        self.all_units += n
         if not timed:
             self.skip = 2
         if self.skip:
             self.skip -= 1
+        elif self.interrupted:
+            self.lost += max(0.0, now - self.last - n / (self.rate() or math.inf))
+            self.lost_per_unit = self.lost / (self.all_units or n or 1)
         else:
             self.seconds += now - self.last
             self.units += n
@@ -54,20 +58,13 @@ class Pace:
                 self.samples.append((self.seconds, self.units))
                 while len(self.samples) > FEWEST and self.seconds - self.samples[0][0] > WINDOW:
                     self.samples.popleft()
+        self.all_units += n
+        self.interrupted = False
         self.last = now
 
-    def pause(self) -> None:
-        """Something else is done from now on."""
-        self.pauses.append(time.monotonic())
-
-    def resume(self) -> None:
-        """The work goes on."""
-        away = time.monotonic() - self.pauses.pop()
-        if self.pauses:
-            return  # the pause around this one counts it
-        self.last += away
-        self.paused += away
-        self.paused_per_unit = self.paused / self.all_units if self.all_units else 0.0
+    def interrupt(self) -> None:
+        """Something else is done before the work goes on."""
+        self.interrupted = True
 
     def rate(self) -> float | None:
         """Units a second, or None while too little is known."""
@@ -77,7 +74,7 @@ class Pace:
     def left(self, units: float) -> float | None:
         """Seconds for so many more units, with as many interruptions as so far; None while too little is known."""
         rate = self.rate()
-        return units / rate + units * self.paused_per_unit if rate else None
+        return units / rate + units * self.lost_per_unit if rate else None
 
 
 class _Rate(progress.ProgressColumn):
@@ -116,7 +113,7 @@ class _Display:
             self.shown.update(row, completed=done)
             outer = self._open()
             if outer:
-                outer[-1].pause()
+                outer[-1].interrupt()
             outer.append(pace)
             self._refresh()
         return row, pace
@@ -135,8 +132,6 @@ class _Display:
             outer = self._open()
             if pace in outer:
                 outer.remove(pace)
-                if outer and outer[-1].pauses:
-                    outer[-1].resume()
             assert self.shown is not None
             self.shown.remove_task(row)
             self._refresh()
@@ -198,8 +193,8 @@ def _in_terminal() -> bool:
 def bar(description: str, total: float | None, done: float = 0, unit: str = "images") -> Iterator[Advance]:
     """A bar with rate and time left, on standard error if that is a terminal or in a notebook; nothing elsewhere.
 
-    Bars may nest, and may be open in several threads: each is a row of one display. While a bar is open, the one around
-    it in the same thread is interrupted, and the time does not count in its rate. `total` is None where it is
+    Bars may nest, and may be open in several threads: each is a row of one display. A bar interrupts the one
+    around it in the same thread, whose rate leaves that time out. `total` is None where it is
     not known.
 
     Yields a function `advance(n, note="", timed=True)` to call as n more of the `total` units are done; `timed=False`

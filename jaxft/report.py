@@ -410,7 +410,7 @@ def _rates(axes: Axes, history: Sequence[Mapping[str, Any]], epochs: Sequence[fl
             place = (row["epoch"] - 0.42, 0.03)
             axes.text(
                 *place,
-                _short(phase, 24),
+                f"phase {_short(phase, 24)}",
                 transform=axes.get_xaxis_transform(),
                 rotation=90,
                 fontsize=7,

@@ -145,9 +145,9 @@ def test_end_values_are_read_in_the_legend(drawn):
 def test_phases_groups_and_gaps_in_a_history(drawn):
     """Bug: NaN, or the null that it becomes in a file, counts as best or ends the report; a phase's border is lost."""
     history = [
-        row(1, phase="head", val_loss=math.nan, lr_head=0.1, lr_trainable=0.001),
-        row(2, phase="head", val_loss=None, lr_head=0.1, lr_trainable=0.001),
-        row(3, phase="all", val_loss=2.0, lr_head=0.1, lr_trainable=0.001),
+        row(1, phase=1, val_loss=math.nan, lr_head=0.1, lr_trainable=0.001),
+        row(2, phase=1, val_loss=None, lr_head=0.1, lr_trainable=0.001),
+        row(3, phase=2, val_loss=2.0, lr_head=0.1, lr_trainable=0.001),
     ]
     for one in history:
         del one["lr"]
@@ -155,7 +155,7 @@ def test_phases_groups_and_gaps_in_a_history(drawn):
     report.learning_curves(None, [one | {"val_macro_f1": 0.1 * one["epoch"]} for one in history], made)
     loss, _, monitored, rates = drawn[0].axes
     border = [line for line in loss.get_lines() if list(line.get_xdata()) == [2.5, 2.5]]
-    assert len(border) == 1 and texts(rates) == ["head", "all"]
+    assert len(border) == 1 and texts(rates) == ["phase 1", "phase 2"]
     assert "best 0.3 (epoch 3)" in monitored.get_legend().get_texts()[0].get_text()
     assert [text.get_text() for text in rates.get_legend().get_texts()] == ["head", "trainable"]
     assert rates.get_yscale() == "log"
