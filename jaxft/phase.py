@@ -22,7 +22,8 @@ class Phase:
         clip_norm: largest global norm of the gradient over all trainable leaves; None clips nothing.
         patience: epochs without a better monitored value after which the phase ends; None never ends it early.
         average: decay of a moving average of what is trained, as in `train_state.averaged`; None keeps none.
-        momentum: whether the optimizer's state of layers that were trainable before starts "anew" or is "carry".
+        momentum: what the optimizer holds of layers that were trainable in the phase before: it starts "anew", or this
+            phase is to "carry" it on.
 
     Raises:
         ValueError: a value is out of its range, or labels of groups and schedules do not agree.
@@ -51,6 +52,9 @@ class Phase:
                 '"conv1|conv2"'
             )
         self._check_labels()
+        for name in ("groups", "schedule"):  # a mapping that its caller changes later changes no phase
+            if isinstance(getattr(self, name), Mapping):
+                object.__setattr__(self, name, dict(getattr(self, name)))
         if self.clip_norm is not None:
             positive = "a finite number above 0, or None, which clips nothing"
             optim.check_real("clip_norm", self.clip_norm, lambda norm: norm > 0, positive)
@@ -65,8 +69,7 @@ class Phase:
     def _check_labels(self) -> None:
         if not isinstance(self.groups, Mapping):
             raise ValueError(
-                f'groups wants a mapping of labels to specifications, {{"body": "from:block4"}} say, '
-                f"not {self.groups!r}"
+                f'groups wants a mapping of labels to specifications, {{"top": "from:block4"}} say, not {self.groups!r}'
             )
         for label, spec in self.groups.items():
             if not isinstance(label, str) or not label or label in (FROZEN, TRAINABLE):

@@ -142,7 +142,7 @@ def next_phase(state: TrainState, net: Net, phase: Phase) -> TrainState:
     Every buffer is copied: the given state stays usable.
 
     Raises:
-        ValueError: as `create`; or the state is to be carried, and the optimizers have none in common.
+        ValueError: as `create`; or the optimizer's state is to be carried, and nothing of it fits the new one.
     """
     params, stats = copied(state.params), copied(state.batch_stats)
     tx = _transform(net, params, phase)
@@ -175,9 +175,11 @@ def next_phase(state: TrainState, net: Net, phase: Phase) -> TrainState:
 def averaged(state: TrainState) -> dict[str, Params] | None:
     """The moving average after an update, of a state whose other fields are those after it; None if it keeps none.
 
-    average ← average + (1 − d)(value − average) with d = min(decay, (1 + t) / (10 + t)), t the run's count of updates:
-    as it starts from values, it needs no correction, and the smaller first decays let it forget the very first ones.
-    What does not change has an average that does not. Source: `tf.train.ExponentialMovingAverage` with num_updates.
+    average ← average + (1 − d)(value − average) with d = min(decay, (1 + t) / (10 + t)), t the run's count of updates.
+    It starts from the values themselves, so it needs no correction of bias; the smaller decays of a run's first updates
+    let it leave the fresh head behind. The average of a value that does not move does not move either.
+
+    Source: `tf.train.ExponentialMovingAverage` with num_updates.
     """
     if state.average is None:
         return None
@@ -199,7 +201,7 @@ def copied(tree: Any) -> Any:
 
 
 def _transform(net: Net, params: Params, phase: Phase) -> Transform:
-    frozen = net.frozen
+    frozen = frozenset(net.frozen) if not isinstance(net.frozen, str) else net.frozen
     if phase.frozen != "none" and (said := masking.frozen_layers(net, phase.frozen, params)) != frozen:
         raise ValueError(
             f"the phase freezes {phase.frozen!r} ({len(said)} layers), but net.frozen holds {len(frozen)}; make the "
@@ -208,7 +210,21 @@ def _transform(net: Net, params: Params, phase: Phase) -> Transform:
     labels = masking.labels(params, frozen, masking.grouped(net, phase.groups, params))
     if rest := [layer for layer, label in labels.items() if label not in (FROZEN, *phase.schedules())]:
         raise ValueError(f"no schedule for {', '.join(rest)}, which are in no group; add one for {TRAINABLE!r}")
+    for label, schedule in phase.schedules().items():
+        _check_traced(label, schedule)
     return Transform(phase, FrozenDict(labels))
+
+
+def _check_traced(label: str, schedule: Schedule) -> None:
+    try:
+        rate = jax.eval_shape(schedule, jax.ShapeDtypeStruct((), jnp.int32))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"the schedule of {label!r}, {schedule!r}, fails on a count that is traced by jit: {error}; write "
+            "jnp.where(count < 100, 0.1, 0.01) for 0.1 if count < 100 else 0.01, and use jax.numpy for numpy"
+        ) from error
+    if getattr(rate, "shape", None) != ():
+        raise ValueError(f"the schedule of {label!r}, {schedule!r}, gives {rate} and not one number, the rate")
 
 
 def _init(tx: Transform, params: Params) -> optax.OptState:

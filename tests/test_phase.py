@@ -58,6 +58,14 @@ def test_a_phase_shows_all_its_settings():
     assert "0x" not in repr(Phase(1, RATE))
 
 
+def test_a_phase_stays_as_it_was_made():
+    """Bug: a phase changes with a mapping that its caller uses again, and the record no longer says what ran."""
+    groups, schedules = {"body": "stage:body"}, {"trainable": RATE, "body": RATE}
+    value = Phase(1, schedules, groups=groups)
+    groups["body"], schedules["body"] = "stage:stem", optim.Constant(9.0)
+    assert value == Phase(1, {"trainable": RATE, "body": RATE}, groups={"body": "stage:body"})
+
+
 def test_rates_are_those_of_each_label():
     """Bug: the history shows one rate for all groups, or forgets what a plateau has made of it."""
     groups = {"body": "stage:body"}

@@ -200,6 +200,15 @@ def test_layers_without_a_schedule_are_named():
         start(Phase(1, RATE, groups={"body": "stage:bdy"}))
 
 
+def test_a_schedule_that_jit_cannot_trace_names_the_remedy():
+    """Bug: an `if` on the count, or a schedule that returns nothing, fails inside the first step."""
+    with pytest.raises(ValueError, match=r"(?s)schedule of 'trainable'.*jnp.where\(count < 100"):
+        start(Phase(1, lambda count: 0.1 if count < 100 else 0.01))
+    with pytest.raises(ValueError, match="not one number"):
+        start(Phase(1, lambda count: None))
+    start(Phase(1, lambda count: 0.1))
+
+
 def test_an_optimizer_that_cannot_be_names_the_remedy():
     """Bug: a mask of some layers, or a rate taken for a number, fails with an error of pytrees."""
     with pytest.raises(ValueError, match="mask=masking.kernels"):
