@@ -1,5 +1,7 @@
 """Mixup and CutMix: labels take exactly the share that the images take."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,13 @@ import pytest
 from jaxft.data.mix import CutMix, Mixup
 
 SIZE = 8
+
+
+@functools.cache
+def compiled(step):
+    return jax.jit(step)
+
+
 SHADES = np.arange(SIZE, dtype=np.float32) * 30
 FLAT = np.broadcast_to(SHADES[:, None, None, None], (SIZE, 9, 13, 3))  # an image is one shade, which says whose it is
 
@@ -23,7 +32,7 @@ def labels():
 @pytest.mark.parametrize("seed", range(6))
 def test_labels_are_mixed_as_the_images(step, seed):
     """Bug: labels go with another partner, or with the share that was drawn instead of the area that was kept."""
-    images, mixed = step(jax.random.key(seed), FLAT, labels())
+    images, mixed = compiled(step)(jax.random.key(seed), FLAT, labels())
     images = np.asarray(images)
     assert images.dtype == np.float32 and images.shape == FLAT.shape
     np.testing.assert_allclose(images.mean((1, 2, 3)), mixed["target"] @ SHADES, rtol=1e-4, atol=1e-3)
@@ -38,7 +47,7 @@ def test_a_cut_is_one_rectangle_of_the_partner():
     """Bug: the rectangle is averaged instead of pasted, or is not the same for rows and columns."""
     kept = []
     for seed in range(40):
-        images, mixed = CutMix()(jax.random.key(seed), FLAT, {"target": np.eye(SIZE, dtype=np.float32)})
+        images, mixed = compiled(CutMix())(jax.random.key(seed), FLAT, {"target": np.eye(SIZE, dtype=np.float32)})
         images = np.asarray(images)
         assert set(np.unique(images)) <= set(SHADES.tolist())
         changed = images[..., 0] != FLAT[..., 0]
@@ -59,7 +68,7 @@ def test_shares_have_the_distribution_asked_for(alpha):
         images, _ = Mixup(alpha)(key, two, {})
         return images[1, 0, 0, 0]
 
-    shares = np.asarray(jax.vmap(share)(jax.random.split(jax.random.key(0), 4000)))
+    shares = np.asarray(jax.jit(jax.vmap(share))(jax.random.split(jax.random.key(0), 4000)))
     shares = shares[(shares > 0) & (shares < 1)]  # in half of the batches everyone is their own partner
     assert abs(shares.mean() - 0.5) < 0.03
     if alpha >= 1:
@@ -71,9 +80,7 @@ def test_shares_have_the_distribution_asked_for(alpha):
 @pytest.mark.parametrize("step", [Mixup(0.5), CutMix()], ids=repr)
 def test_keys_decide(step):
     """Bug: every batch is mixed alike, or a resumed run mixes otherwise."""
-    first, _ = step(jax.random.key(0), FLAT, {})
-    again, _ = step(jax.random.key(0), FLAT, {})
-    others = [step(jax.random.key(seed), FLAT, {})[0] for seed in range(1, 6)]
+    first, again, *others = (compiled(step)(jax.random.key(seed), FLAT, {})[0] for seed in (0, 0, 1, 2, 3, 4, 5))
     np.testing.assert_array_equal(first, again)
     assert sum(not np.array_equal(first, other) for other in others) >= 4
 
