@@ -24,10 +24,12 @@ import numpy as np
 import tyro
 
 from benchmarks.machine import write_table
-from jaxft import features, feed, fetch, masking, nets, optim, predict, train_state
-from jaxft.data import Dataset, loader, standin, statefarm
-from jaxft.nets import vgg
+from experiments import standin
+from jaxft import devices, features, feed, fetch, masking, nets, optim, task, train_state
+from jaxft.data import Dataset, Inputs, statefarm
+from jaxft.phase import Phase
 from jaxft.progress import bar
+from jaxft.runs import Run
 
 EPOCHS = 10**6  # more than any side is asked for
 
@@ -52,39 +54,29 @@ class Settings:
 
 def measure(dataset: Dataset, freeze: str, head: str, batch_size: int, timed: int) -> str:
     """One row of the table."""
-    net: Any = nets.create("vgg16", len(dataset.classes), head=vgg.head(head))
-    size, preprocessing = nets.spec("vgg16").native_size, nets.spec("vgg16").preprocessing
-    variables = nets.init(net, size, seed=0)
-    frozen = masking.frozen_layers(net, freeze, variables["params"])
-    stage = features.cut(net, frozen, list(variables["params"]))
-    everything, mesh = np.arange(len(dataset)), predict.data_mesh()
-    steps = loader.steps_per_epoch(len(dataset), batch_size)
+    net: Any = nets.create("vgg16", len(dataset.classes), **nets.head_options("vgg16", head))
+    spec = nets.spec("vgg16")
+    variables = nets.init(net, spec.native_size, seed=0)
+    net = net.clone(frozen=masking.frozen_layers(net, freeze, variables["params"]))
+    stage = features.cut(net, list(variables["params"]))
+    everything, mesh = np.arange(len(dataset)), devices.mesh()
+    train = Inputs(dataset, everything, spec.native_size, batch_size)
+    held_out = Inputs(dataset, everything[:batch_size], spec.native_size, batch_size)
+    steps = train.steps_per_epoch
 
-    def start(cache_features: str) -> tuple[train_state.TrainState, feed.Feed]:
+    def start(cache_features: Any) -> tuple[train_state.TrainState, feed.Feed]:
         """A side's state and feed, once what is computed once is."""
-        tx = optim.nesterov_sgd(1e-3, 0.9)
-        state = predict.replicate(train_state.create(net, variables, tx, frozen=frozen), mesh)
-        return state, feed.make(
-            net,
-            variables,
-            state,
-            dataset,
-            everything,
-            everything[:batch_size],
-            frozen=frozen,
-            preprocessing=preprocessing,
-            augmentation={},
-            epochs=EPOCHS,
-            batch_size=batch_size,
-            image_size=size,
-            cache_features=cache_features,
-        )
+        state = devices.replicate(train_state.create(net, variables, Phase(EPOCHS, optim.Constant(1e-3))), mesh)
+        run = Run(pathlib.Path(tempfile.gettempdir()), cache_features=cache_features)  # nothing is written there
+        sides = feed.decode(train, held_out)
+        return state, feed.make(net, spec.preprocessing, task.classification(), state, sides, run, range(EPOCHS), mesh)
 
     def epochs(state: train_state.TrainState, fed: feed.Feed) -> Iterator[list[float]]:
         """The losses of one epoch after another."""
         losses: list[jax.Array] = []
-        for batch in fed.batches(0):
-            state, metrics = fed.train_step(state, predict.shard(batch, mesh))
+        for dispatch in fed.dispatches(0, EPOCHS * steps):
+            batch = devices.shard(dispatch.batch, mesh, stacked=dispatch.stacked)
+            state, metrics = fed.train_step(state, batch)
             losses.append(metrics["loss"])
             if sum(loss.size for loss in losses) == steps:
                 yield [loss for several in losses for loss in np.ravel(several).tolist()]
@@ -115,7 +107,7 @@ def measure(dataset: Dataset, freeze: str, head: str, batch_size: int, timed: in
     times = list(zip(*seconds, strict=True))
     cells = [f"{statistics.median(side):.3g} ({min(side):.3g} to {max(side):.3g})" for side in times]
     ratio = statistics.median(a / b for a, b in seconds)
-    cost = f"{made:.0f} s, {fed.cache[None].bytes / 1e6:.1f} MB"
+    cost = f"{made:.0f} s, {fed.cache['held out'].bytes / 1e6:.1f} MB"
     return f"| `{freeze}` | {head} | {batch_size} | {stage} | {cells[0]} | {cells[1]} | {ratio:.1f} | {cost} |"
 
 

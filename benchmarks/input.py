@@ -25,16 +25,16 @@ import tyro
 from PIL import Image
 
 from benchmarks.machine import write_table
-from jaxft import features, feed, masking, nets, optim, predict, train, train_state
-from jaxft.data import Dataset, loader, standin, statefarm
-from jaxft.data.augment import warp
-from jaxft.data.cache import Cache
-from jaxft.finetune import compute_dtype
-from jaxft.preprocess import PREPROCESSING
+from experiments import standin
+from jaxft import devices, features, feed, masking, nets, optim, preprocess, task, train, train_state
+from jaxft.data import Dataset, Images, Inputs, augment, loader, statefarm
+from jaxft.data.rows import Rows
+from jaxft.model import compute_dtype
+from jaxft.phase import Phase
 from jaxft.progress import bar
 
 SIZE = (224, 224)
-AUGMENTATION = {"rotation": 10.0, "shift": 0.1}  # the origin's
+WARP = augment.Warp(rotation=10.0, shift=0.1)  # of the Keras fine-tuning guide of 2016
 REPEATS = 3  # of every measurement
 DECODED_ONCE = "batches from that file, on the device"
 AUGMENTED = "augmentation and preprocessing, on the device"
@@ -48,7 +48,7 @@ STEPS: dict[str, tuple[str, dict[str, Any], str, str]] = {  # what takes images:
     "VGG16, first ten layers frozen": ("vgg16", {}, "first:10", DECODED_ONCE),
     "ResNet-50, all trained": ("resnet50", {}, "none", DECODED_ONCE),
     "VGG16's last layer on cached features": ("vgg16", {}, "all-but-head", FC1),
-    "VGG16's pooled last layer on cached features": ("vgg16", {"head": ()}, "all-but-head", POOLED),
+    "VGG16's pooled last layer on cached features": ("vgg16", {"fc": False}, "all-but-head", POOLED),
 }
 
 
@@ -101,12 +101,13 @@ def stages(dataset: Dataset, settings: Settings) -> Iterator[tuple[str, list[flo
     for name, run in decoders([dataset.images[i] for i in range(min(64, len(dataset)))]):  # type: ignore[misc]
         yield name, rates(1, run, settings.seconds)
 
-    def batches(images: Dataset, size: tuple[int, int] | None = SIZE, **options: Any) -> loader.Batches:
-        whole: dict[str, Any] = {"batch_size": settings.batch_size, "image_size": size, "seed": 0}
-        return loader.train_batches(images, everything, **whole, **options)
+    inputs = Inputs(dataset, everything, SIZE, settings.batch_size)
+
+    def batches(images: Images | None = dataset.images, of: Inputs = inputs, **options: Any) -> loader.Batches:
+        return loader.train_batches(of, images, seed=0, **options)
 
     for workers, scaled in ((1, False), (loader.default_workers(), False), (loader.default_workers(), True)):
-        stream = batches(dataset, workers=workers, scaled=scaled)
+        stream = batches(of=dataclasses.replace(inputs, scaled_decode=scaled), workers=workers)
         name = f"batches decoded anew, {workers} thread{'s' * (workers > 1)}" + (", scaled" if scaled else "")
         yield name, rates(settings.batch_size, lambda stream=stream: next(stream), settings.seconds)
         stream.close()
@@ -115,22 +116,22 @@ def stages(dataset: Dataset, settings: Settings) -> Iterator[tuple[str, list[flo
 
     def fill() -> None:
         os.environ["JAXFT_CACHE"] = f"{cache_folder}/{next(attempts)}"
-        loader.decode_once(dataset, everything, SIZE)
+        loader.decode_once([inputs])
 
     yield "filling the file of decoded images", rates(len(dataset), fill, settings.seconds)
     os.environ["JAXFT_CACHE"] = cache_folder
-    pixels = loader.decode_once(dataset, everything, SIZE)
+    pixels = loader.decode_once([inputs])
     assert pixels, "no room on the disk"
-    mesh = predict.data_mesh()
+    mesh = devices.mesh()
 
-    def kept(cache: Cache) -> list[float]:
-        """Of batches, on the device, whose images are rows of the cache; of several at once where those are vectors."""
-        stream = batches(dataset, None)
+    def kept(cache: Rows) -> list[float]:
+        """Rates of batches, on the device, whose images are rows of the cache; of several at once for vectors."""
+        stream = batches(None)
         at_once = feed.steps_at_once(cache.shape)
 
         def run() -> Any:
             batch: dict[str, Any] = feed.several(stream, at_once) if at_once > 1 else next(stream)
-            return predict.shard(batch | {"image": cache.take(batch["index"])}, mesh)
+            return devices.shard(batch | {"image": cache.take(batch["index"])}, mesh, stacked=at_once > 1)
 
         found = rates(settings.batch_size * at_once, run, settings.seconds)
         stream.close()
@@ -139,35 +140,38 @@ def stages(dataset: Dataset, settings: Settings) -> Iterator[tuple[str, list[flo
     if pixels.on_device():
         yield DECODED_ONCE, kept(pixels)
     else:
-        stream = batches(dataclasses.replace(dataset, images=loader.Decoded(pixels, len(dataset))))
-        yield DECODED_ONCE, rates(settings.batch_size, lambda: predict.shard(next(stream), mesh), settings.seconds)
+        stream = batches(loader.Decoded(pixels, len(dataset)))
+        yield DECODED_ONCE, rates(settings.batch_size, lambda: devices.shard(next(stream), mesh), settings.seconds)
         stream.close()
     for name, shape in FEATURES.items():
-        cache = Cache("features", name, {}, everything, shape, np.float32)
+        cache = Rows("features", name, {}, everything, shape, np.float32)
         cache.fill(lambda indices, shape=shape: (np.ones((1, *shape), np.float32) for _ in indices))
         yield name, kept(cache)
 
-    (batch,) = batches(dataset, num_steps=1)
-    yield "a batch to the device", rates(settings.batch_size, lambda: predict.shard(batch, mesh), settings.seconds)
-    images, key = predict.shard(batch, mesh)["image"], jax.random.key(0)
-    augment = jax.jit(lambda key, images: PREPROCESSING["caffe"](warp(key, images, **AUGMENTATION)))
-    yield AUGMENTED, rates(settings.batch_size, lambda: augment(key, images), settings.seconds)
+    (batch,) = batches(num_steps=1)
+    yield "a batch to the device", rates(settings.batch_size, lambda: devices.shard(batch, mesh), settings.seconds)
+    images, key = devices.shard(batch, mesh)["image"], jax.random.key(0)
+    augmented = jax.jit(lambda key, images: preprocess.caffe(WARP(key, images, {})[0]))
+    yield AUGMENTED, rates(settings.batch_size, lambda: augmented(key, images), settings.seconds)
 
 
 def step_rates(name: str, options: dict[str, Any], freeze: str, cached: bool, settings: Settings) -> list[float]:
-    """Of the train step alone, on one batch that is on the device already, or on several at once of vectors."""
+    """Rates of the train step alone, on one batch that is on the device already, or on several at once of vectors."""
     net: Any = nets.create(name, 10, dtype=compute_dtype("auto"), **options)
     variables = nets.init(net, SIZE, seed=0)
-    frozen = masking.frozen_layers(net, freeze, variables["params"])
-    net = net.clone(frozen=frozen)
-    stage = features.cut(net, frozen, list(variables["params"])) if cached else None
-    normalise = PREPROCESSING[nets.spec(name).preprocessing]
-    state = train_state.create(net, variables, optim.nesterov_sgd(1e-3, 0.9), frozen=frozen)
+    net = net.clone(frozen=masking.frozen_layers(net, freeze, variables["params"]))
+    stage = features.cut(net, list(variables["params"])) if cached else None
+    normalise = preprocess.get(nets.spec(name).preprocessing)
+    state = train_state.create(net, variables, Phase(1, optim.Constant(1e-3)))
     images = jax.numpy.zeros((settings.batch_size, *SIZE, 3), np.uint8)
     if stage:
-        images = features.make_prefix(net, stage, normalise, {}, seed=0)(variables, images, None)
-    step = train.make_train_step(lambda _, x: x if cached else normalise(x), start=stage)
-    batch: dict[str, Any] = {"image": images, "label": np.zeros(settings.batch_size, np.int32)}
+        images = features.make_prefix(net, stage, normalise)(variables, images, None)
+
+    def prepare(key: jax.Array, images: jax.Array, labels: train.Labels) -> tuple[jax.Array, train.Labels]:
+        return images if cached else normalise(images), labels
+
+    step = train.make_train_step(task.classification(), 10, prepare, stage)
+    batch = train.batch_of(images, np.zeros(settings.batch_size, np.int32))
     at_once = feed.steps_at_once(images.shape[1:])
     if at_once > 1:
         step, batch = train.several(step), feed.several(itertools.repeat(batch), at_once)

@@ -61,20 +61,17 @@ class Job:
 def jaxft(job: Job, facts: dict[str, Any]) -> Step:
     import jax
     import jax.numpy as jnp
-    import optax
 
-    from jaxft import nets, optim, port_weights, train, train_state
+    from jaxft import nets, optim, port_weights, task, train, train_state
+    from jaxft.phase import Phase
 
     row = nets.spec(job.net)
     options = without_dropout(job.net)
     variables, _ = port_weights.load(job.net, job.weights, num_classes=row.num_classes, **options)
     net = nets.create(job.net, row.num_classes, dtype=jnp.dtype(job.dtype), frozen=frozenset(job.frozen), **options)
-    state = train_state.create(
-        net, variables, optim.nesterov_sgd(optax.constant_schedule(LR), MOMENTUM), frozen=job.frozen
-    )
-    images, labels = (jax.device_put(x) for x in job.batch())
-    batch = {"image": images, "label": labels}
-    step = train.make_train_step(lambda _, images: images)
+    state = train_state.create(net, variables, Phase(1, optim.Constant(LR), optim.NesterovSGD(MOMENTUM)))
+    batch = jax.device_put(train.batch_of(*job.batch()))
+    step = train.make_train_step(task.classification(), row.num_classes, lambda key, x, labels: (x, labels))
 
     def run() -> Any:
         nonlocal state

@@ -64,25 +64,20 @@ class Job:
 
 
 def jaxft(job: Job, facts: dict[str, Any]) -> float:
-    from jaxft import finetune, optim, pretrained, train, train_state
+    from jaxft import finetune, masking, model, optim, pretrained, task, train, train_state
+    from jaxft.phase import Phase
 
     facts |= {"imported": time.monotonic(), "imported_bytes": peak_bytes()}
     finetune.keep_programs()
     options: dict[str, Any] = {"dropout": 0.0} if job.net.startswith("vgg") else {}  # Keras's VGG has none
-    net, variables, frozen = finetune.start_from(
-        job.net,
-        pretrained.Weights(job.weights, pathlib.Path(job.weights), None, "none"),
-        job.classes,
-        freeze=job.freeze,
-        image_size=job.size,
-        **options,
-    )
+    weights = pretrained.resolve(job.net, job.weights, classifier=True)
+    made = model.load(job.net, job.classes, weights=weights, **options)
     facts |= {"filled": time.monotonic(), "filled_bytes": peak_bytes()}
-    state = train_state.create(net, variables, optim.nesterov_sgd(1e-4, 0.9), frozen=frozen)
+    net = made.net.clone(frozen=masking.frozen_layers(made.net, job.freeze, made.variables["params"]))
+    state = train_state.create(net, made.variables, Phase(1, optim.Constant(1e-4)))
     batch = np.load(job.batch)
-    _, metrics = train.make_train_step(lambda _, images: images)(
-        state, {"image": batch["images"], "label": batch["labels"]}
-    )
+    step = train.make_train_step(task.classification(), job.classes, lambda key, images, labels: (images, labels))
+    _, metrics = step(state, train.batch_of(batch["images"], batch["labels"]))
     return float(metrics["loss"])
 
 

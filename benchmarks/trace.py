@@ -20,12 +20,11 @@ import jax
 import jax.numpy as jnp
 import keras
 import numpy as np
-import optax
 import tyro
 
 from benchmarks.machine import write_table
-from jaxft import nets, optim, train, train_state
-from jaxft.preprocess import PREPROCESSING
+from jaxft import nets, optim, preprocess, task, train, train_state
+from jaxft.phase import Phase
 from tests.reference import keras_nets
 
 BATCH = 8
@@ -47,10 +46,13 @@ def trace_ours(name: str) -> None:
     row = nets.spec(name)
     net = nets.create(name, row.num_classes)
     variables = nets.init(net, row.native_size, seed=0)
-    state = train_state.create(net, variables, optim.nesterov_sgd(optax.constant_schedule(1e-3), 0.9))
-    step = train.make_train_step(lambda _, images: PREPROCESSING[row.preprocessing](images))
-    batch = {"image": np.zeros((BATCH, *row.native_size, 3), np.uint8), "label": np.zeros(BATCH, np.int32)}
-    step.trace(state, batch)  # type: ignore[attr-defined]
+    state = train_state.create(net, variables, Phase(1, optim.Constant(1e-3)))
+    normalise = preprocess.get(row.preprocessing)
+    step = train.make_train_step(
+        task.classification(), row.num_classes, lambda key, images, labels: (normalise(images), labels)
+    )
+    images = np.zeros((BATCH, *row.native_size, 3), np.uint8)
+    step.trace(state, train.batch_of(images, np.zeros(BATCH, np.int32)))  # type: ignore[attr-defined]
 
 
 def trace_keras(name: str) -> None:

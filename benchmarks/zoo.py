@@ -11,14 +11,13 @@ import pathlib
 
 import jax
 import numpy as np
-import optax
 import tyro
 
 from benchmarks.machine import write_table
-from experiments.vgg16_statefarm import open_data
-from jaxft import fetch, nets, optim, train, train_state
+from experiments.statefarm_data import open_data
+from jaxft import fetch, nets, optim, preprocess, task, train, train_state
 from jaxft.data import Dataset, decode, elpv
-from jaxft.preprocess import PREPROCESSING
+from jaxft.phase import Phase
 
 BATCH = 8
 LR = 1e-3
@@ -44,12 +43,14 @@ def losses(name: str, dataset: Dataset, steps: int) -> list[float]:
     variables = nets.init(net, (SIZE, SIZE), seed=0)
     indices = np.random.default_rng(0).permutation(len(dataset))[:BATCH]
     images = np.stack([decode.rgb(dataset.images[i], (SIZE, SIZE), dataset.names[i]) for i in indices])
-    tx = optim.nesterov_sgd(optax.constant_schedule(LR), 0.9)
-    state = train_state.create(net, variables, tx)
-    step = train.make_train_step(lambda _, images: PREPROCESSING[row.preprocessing](images))
+    state = train_state.create(net, variables, Phase(1, optim.Constant(LR)))
+    normalise = preprocess.get(row.preprocessing)
+    step = train.make_train_step(
+        task.classification(), len(dataset.classes), lambda key, images, labels: (normalise(images), labels)
+    )
     found = []
     for _ in range(steps):
-        state, metrics = step(state, {"image": images, "label": dataset.labels[indices]})
+        state, metrics = step(state, train.batch_of(images, dataset.labels[indices]))
         found.append(float(metrics["loss"]))
     return found
 
