@@ -134,6 +134,17 @@ def best_place(values: Sequence[float], best: str) -> int | None:
     return min(ranked)[1] if ranked else None
 
 
+def batch_of(images: Any, labels: Any) -> Batch:
+    """A batch for a loop of one's own: images [B, …] with labels that are all known and of equal weight."""
+    labels = np.asarray(labels)
+    return {
+        "image": images,
+        "label": labels,
+        "known": np.ones(labels.shape, bool),
+        "weight": np.ones(len(labels), np.float32),
+    }
+
+
 def make_train_step(task: Task, num_outputs: int, prepare: Prepare, start: str | None = None) -> TrainStep:
     """The jitted train step; the state is donated, so use only the one returned.
 
@@ -273,11 +284,13 @@ def fit(
                 state = state.replace(lr_scale=devices.replicate(jnp.asarray(scale), plan.mesh))
             progress.sums = meter.sums
             checkpoints.save(state, dataclasses.asdict(progress), row[plan.monitor] if ends_epoch else None, plan.best)
-            if stops and not (plan.final and plan.over(progress.history)):
-                checkpoints.wait()
-                name = signal.Signals(stop[0]).name if stop else "a signal to another process"
-                raise Stopped(f"stopped by {name}; step {step} is saved", stop[0] if stop else signal.SIGTERM)
-    checkpoints.wait()
+            if stops:
+                break
+        checkpoints.wait()
+        ends = plan.final and plan.over(progress.history)
+        if not ends and devices.any_process(bool(stop)):  # it may have come during the last evaluation or save
+            name = signal.Signals(stop[0]).name if stop else "a signal to another process"
+            raise Stopped(f"stopped by {name}; step {step} is saved", stop[0] if stop else signal.SIGTERM)
     return state
 
 
