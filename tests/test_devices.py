@@ -1,11 +1,13 @@
 """One process here; two real ones, which meet on this machine, in a subprocess each."""
 
+import csv
 import json
 import os
 import pathlib
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import flax
 import jax
@@ -66,28 +68,34 @@ print("RESULT", json.dumps({
 """
 
 
-def run_two(flags, environments, devices_each=1):
-    """What the program prints in each of two processes, given (coordinator, processes, process) and variables."""
-    options = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+def programs(program, arguments, environment, devices_each=1, environments=({}, {})):
+    """What a program prints after RESULT in each of the processes that these arguments start at once."""
+    options = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)} | environment
     options["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices_each}"
     running = [
         subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, json.dumps(flag)],
-            env=CLEAN | options | environment,
+            [sys.executable, "-c", program, *map(str, own)],
+            env=CLEAN | options | variables,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             encoding="utf-8",
         )
-        for flag, environment in zip(flags, environments, strict=True)
+        for own, variables in zip(arguments, environments, strict=False)
     ]
     try:
-        said = [process.communicate(timeout=120) for process in running]
+        with ThreadPoolExecutor() as readers:  # of all at once, or a full pipe of one would hold up the others
+            said = list(readers.map(lambda process: process.communicate(timeout=300), running))
     finally:
         for process in running:
             process.kill()
     for process, (_, errors) in zip(running, said, strict=True):
         assert process.returncode == 0, errors
     return [json.loads(out.split("RESULT ")[1]) for out, _ in said]
+
+
+def run_two(flags, environments, devices_each=1):
+    """What PROGRAM says in each of two processes, given (coordinator, processes, process) and variables."""
+    return programs(PROGRAM, [[json.dumps(flag)] for flag in flags], {}, devices_each, environments)
 
 
 @pytest.fixture
@@ -297,3 +305,59 @@ def test_every_module_imports_where_posix_modules_are_missing():
         encoding="utf-8",
     )
     assert done.returncode == 0 and done.stdout == "None\n", done.stderr
+
+
+RUN = """
+import json, os, signal, sys
+from jaxft import devices
+folder, flags = sys.argv[1], json.loads(sys.argv[2])
+devices.initialise(*flags)
+import numpy as np, tiny
+from jaxft import optim, task
+from jaxft.data import Dataset, Inputs, augment, order
+from jaxft.finetune import finetune
+from jaxft.model import Model
+from jaxft.phase import Phase
+from jaxft.runs import Run
+from jaxft.train import Stopped
+
+def in_order(dataset, indices, seed, epoch):
+    if epoch == 1 and os.environ["STOP"] == str(devices.process()[0]):
+        os.kill(os.getpid(), signal.SIGTERM)
+    return order.shuffled(dataset, indices, seed, epoch)
+
+whole = tiny.batch(0, size=44)
+names = tuple(f"image {k}" for k in range(44))
+data = Dataset("channels", list(whole["image"]), whole["label"], names, names, ("red", "green", "blue"))
+net = tiny.Tiny()
+train = Inputs(data, np.arange(32), (8, 8), 8, augment=augment.Warp(rotation=5.0), order=in_order)
+held_out = Inputs(data, np.arange(32, 44), (8, 8), 8)
+phases = [Phase(1, optim.Constant(0.1), frozen="all-but-head"), Phase(2, optim.Constant(0.05), average=0.9)]
+model = Model(net, tiny.variables(net), "torch")
+try:
+    _, found = finetune(model, task.classification(), train, held_out, phases, Run(folder))
+except Stopped as stopped:
+    print("RESULT", json.dumps({"stopped": str(stopped).partition(";")[2]}))
+else:
+    print("RESULT", json.dumps({"outputs": found.outputs.tolist(), "index": found.index.tolist()}))
+"""
+
+
+def test_a_whole_run_of_two_processes(port, tmp_path):
+    """Bug: two processes write one file, save different steps, stop alone and leave the other waiting, or differ."""
+    environment = {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "JAXFT_CACHE": str(tmp_path / "cache"),
+    }
+    never, second_stops = environment | {"STOP": "none"}, environment | {"STOP": "1"}
+    alone = programs(RUN, [[tmp_path / "alone", "[]"]], never, devices_each=2)[0]
+    both = [[tmp_path / "both", json.dumps([f"localhost:{port}", 2, index])] for index in range(2)]
+    stopped = programs(RUN, both, second_stops)
+    assert stopped[0] == stopped[1] and "is saved" in stopped[0]["stopped"]
+    first, second = programs(RUN, both, never)
+    assert first == second and first["index"] == list(range(32, 44))
+    np.testing.assert_allclose(first["outputs"], alone["outputs"], rtol=1e-5)
+    for name in ("alone", "both"):
+        rows = csv.DictReader((tmp_path / name / "history.csv").read_text(encoding="utf-8").splitlines())
+        assert [(row["epoch"], row["step"]) for row in rows] == [("1", "4"), ("2", "8"), ("3", "12")]
+    assert not [path for path in (tmp_path / "both").rglob("*") if path.name.endswith((".part", "probe"))]
