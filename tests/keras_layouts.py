@@ -86,15 +86,23 @@ def keras_2(layer, field):
     return f"{layer}/{field}:0"
 
 
-def nested(path, inner, outer, *, model="vgg16"):
-    """Keras 2: a model inside a model is one entry, which holds the weights of all its layers."""
+KERAS_2 = {"backend": "tensorflow", "keras_version": "2.3.1"}
+
+
+def nested(path, inner, outer, *, model="vgg16", weight_name=keras_2, attributes=KERAS_2):
+    """Keras 1 and 2: a model inside a model is one entry, which holds the weights of all its layers.
+
+    An entry of `outer` is a layer, (name, arrays), or a second model, (name, [(name, arrays), …]).
+    """
+    entries = [(name, inside if isinstance(inside[0], tuple) else [(name, inside)]) for name, inside in outer]
     with h5py.File(path, "w") as file:
-        file.attrs["backend"], file.attrs["keras_version"] = "tensorflow", "2.3.1"
+        for key, value in attributes.items():
+            file.attrs[key] = value
         file.attrs["layer_names"] = [model.encode(), *(name.encode() for name, _ in outer)]
-        for entry, layers in ((model, inner), *((name, [(name, arrays)]) for name, arrays in outer)):
+        for entry, layers in ((model, inner), *entries):
             group = file.create_group(entry)
             stored = {
-                keras_2(name, field): array
+                weight_name(name, field): array
                 for name, arrays in layers
                 for field, array in zip(("kernel", "bias"), arrays, strict=False)
             }
@@ -104,22 +112,22 @@ def nested(path, inner, outer, *, model="vgg16"):
     return path
 
 
-def keras_3(path, layers, *, prefix="layers", gaps=False, with_names=False):
-    """`.weights.h5`, or a `.keras` zip if the path ends so; `gaps` counts by twos, as 2.12 and 2.13 did."""
+def keras_3(path, layers, *, prefix="layers", gaps=False, with_names=False, model=None, outer=(), keys=False):
+    """`.weights.h5`, or a `.keras` zip if the path ends so; `gaps` counts by twos, as 2.12 and 2.13 did.
+
+    `model` puts the layers into an inner model of that key, with `outer` beside it. With `keys` the outer model is a
+    subclassed one: its layers' keys are their names.
+    """
     h5 = path.with_suffix(".part") if path.suffix == ".keras" else path
-    counts = {}
     with h5py.File(h5, "w") as file:
-        for name, arrays in layers:
-            arrays = list(arrays.values()) if isinstance(arrays, dict) else arrays
-            vectors = "scale" if len(arrays) == 2 else "batch_normalization"
-            kind = {4: "conv2d", 2: "dense"}.get(arrays[0].ndim, vectors) if arrays else "max_pooling2d"
-            number = counts[kind] = counts.get(kind, -1) + 1
-            number *= 2 if gaps else 1
-            group = file.create_group(f"{prefix}/{kind}_{number}/vars" if number else f"{prefix}/{kind}/vars")
-            if with_names:
-                group.attrs["name"] = name
-            for n, array in enumerate(arrays):
-                group[str(n)] = array
+        inside = f"{model}/{prefix}" if keys else f"{prefix}/{model}/{prefix}"
+        _keras_3_layers(file, inside if model else prefix, layers, gaps, with_names)
+        if keys:
+            for name, arrays in outer:
+                for n, array in enumerate(arrays):
+                    file[f"{name}/vars/{n}"] = array
+        else:
+            _keras_3_layers(file, prefix, outer, gaps, with_names)
         file.create_group("optimizer/vars")["0"] = np.zeros((), np.int64)
     if path.suffix == ".keras":
         with zipfile.ZipFile(path, "w") as archive:
@@ -127,3 +135,18 @@ def keras_3(path, layers, *, prefix="layers", gaps=False, with_names=False):
             archive.writestr("metadata.json", "{}")
             archive.write(h5, "model.weights.h5")
     return path
+
+
+def _keras_3_layers(file, prefix, layers, gaps, with_names):
+    counts = {}
+    for name, arrays in layers:
+        arrays = list(arrays.values()) if isinstance(arrays, dict) else arrays
+        vectors = "scale" if len(arrays) == 2 else "batch_normalization"
+        kind = {4: "conv2d", 2: "dense"}.get(arrays[0].ndim, vectors) if arrays else "max_pooling2d"
+        number = counts[kind] = counts.get(kind, -1) + 1
+        number *= 2 if gaps else 1
+        group = file.create_group(f"{prefix}/{kind}_{number}/vars" if number else f"{prefix}/{kind}/vars")
+        if with_names:
+            group.attrs["name"] = name
+        for n, array in enumerate(arrays):
+            group[str(n)] = array
