@@ -5,7 +5,7 @@ A loss of one's own is a field of a task:
     def squared_hinge(logits, targets):  # logits and targets [B, C] → [B], one loss for each image
         return jnp.square(jnp.maximum(0, 1 - logits * (2 * targets - 1))).sum(-1)
 
-    task = dataclasses.replace(task.classification(), losses=squared_hinge)
+    hinge = dataclasses.replace(task.classification(), losses=squared_hinge)
 
 The same holds for `outputs`, `score`, `metrics`, `monitor` and `best`. `options` describe the task as it was made:
 whoever opens such a run later replaces the functions again.
@@ -189,7 +189,8 @@ def check(task: Task, dataset: "Dataset", num_outputs: int) -> None:
 
     Raises:
         ValueError: the kinds of labels differ, the net has another number of outputs than there are classes, no label
-            is known, there are not as many thresholds as labels, or a value lies out of the task's range.
+            is known, the monitored figure does not exist, there are not as many thresholds as labels, or a value lies
+            out of the task's range.
     """
     if dataset.target != task.target:
         fitting = next((name for name, make in TASKS.items() if make().target == dataset.target), "another task")
@@ -204,6 +205,13 @@ def check(task: Task, dataset: "Dataset", num_outputs: int) -> None:
         )
     if not dataset.known.any():
         raise ValueError(f"no label of dataset {dataset.name!r} is known; a net needs some labels to learn from")
+    unknown = np.zeros((1,) if task.target == "class" else (1, num_outputs), bool)
+    none = Predictions(np.zeros(1, int), unknown.astype(int), unknown, np.zeros((1, num_outputs), np.float32))
+    if task.monitor not in (figures := task.metrics(none)) or task.best not in ("lowest", "highest"):
+        raise ValueError(
+            f"monitor={task.monitor!r}, best={task.best!r}: monitor must be one of {', '.join(figures)}, "
+            "and best 'lowest' or 'highest'"
+        )
     threshold = task.options.get("threshold")
     if isinstance(threshold, Sequence) and len(threshold) != num_outputs:
         raise ValueError(

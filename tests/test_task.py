@@ -283,6 +283,14 @@ def test_a_task_that_does_not_fit_is_refused(made, data, outputs, says):
         task.check(made, data, outputs)
 
 
+@pytest.mark.parametrize("change", [{"monitor": "acuracy"}, {"monitor": "top5_accuracy"}, {"best": "max"}])
+def test_a_monitored_figure_that_does_not_exist(change):
+    """Bug: a misspelt monitor is a KeyError at the end of the first epoch, after hours."""
+    data = dataset(np.array([0, 1]), ("a", "b"), "class")
+    with pytest.raises(ValueError, match="one of loss, accuracy, balanced_accuracy"):
+        task.check(dataclasses.replace(task.classification(), **change), data, 2)
+
+
 def test_a_task_that_fits_is_taken():
     """Bug: unknown labels among known ones, or one threshold for all labels, are refused."""
     task.check(task.classification(), dataset(np.array([0, -1, 1]), ("a", "b"), "class"), 2)
