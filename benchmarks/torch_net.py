@@ -136,7 +136,7 @@ def _pool(layer: Any, kind: type[nn.Module], value: float) -> nn.Module:
 def absorbs(module: nn.Module, before: nn.Module) -> bool:
     """Lets a convolution or max pooling pad for itself what the layer of zeros before it pads, if it does.
 
-    A max pooling pads -∞: in the zoo all of these are behind a ReLU, where that is the same.
+    A max pooling pads -∞: in the zoo all of these follow a ReLU, where that is the same.
     """
     inner = module[0] if isinstance(module, nn.Sequential) else module
     if not isinstance(before, nn.ZeroPad2d) or not isinstance(inner, nn.Conv2d | nn.MaxPool2d):
@@ -149,7 +149,7 @@ def absorbs(module: nn.Module, before: nn.Module) -> bool:
 
 
 def convert(layer: Any) -> nn.Module:
-    """One Keras layer with its weights, and its activation behind it.
+    """One Keras layer with its weights, and the activation that follows.
 
     Raises:
         NotImplementedError: the layer is of a kind that no net of the zoo uses.

@@ -29,7 +29,7 @@ from jaxft.optim import InverseTime, NesterovSGD
 from jaxft.phase import Phase
 from jaxft.runs import Run
 
-# Of a quick look on two cores. Activations are far from unit scale there: without clipping the first steps end in NaN.
+# A quick look on two cores. Activations are far from unit scale there: without clipping the first steps end in NaN.
 STANDIN = {"image_size": 80, "epochs": 4, "schedule": InverseTime(3e-2, 2e-2), "clip_norm": 1.0}
 STANDIN |= {"warp": augment.Warp(rotation=3.0, shift=0.03)}
 
