@@ -3,9 +3,9 @@
 A mean is a sum of shifted images along one axis, then along the other: XLA's CPU backend computes it on every core.
 
 For the gradient of the maximum, XLA's CPU backend looks for the largest pixel of each window again, with four arrays of
-indices as large as the images. Here the forward pass notes in one byte where in its window that pixel lies. Among several
-largest pixels it is the first in the order of rows, as in XLA. Outputs are the same bits as XLA's, and so are gradients
-where windows do not overlap.
+indices as large as the images. Here the forward pass notes in one byte where in its window that pixel lies. Where
+several pixels are largest it is the first in the order of rows, as in XLA. Outputs are the same bits as XLA's, and so
+are gradients where windows do not overlap.
 """
 
 import functools

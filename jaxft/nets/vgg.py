@@ -40,7 +40,7 @@ class VGG(Net):
     dtype: DTypeLike = jnp.float32
 
     def layers(self) -> dict[str, tuple[str, ...]]:
-        """Stage name → its layers in the order of the Sequential model of the Keras fine-tuning guide of 2016, those without weights included."""
+        """Stage name → its layers, those without weights too, as Keras's guide of 2016 orders its Sequential model."""
         table = {}
         for b, depth in enumerate(self.depths, 1):
             convs = [(f"block{b}_pad{i}", f"block{b}_conv{i}") for i in range(1, depth + 1)]
