@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import pytest
 from jax.extend.core import Literal
 
-from benchmarks import flops
-from jaxft import features, masking, nets, train
+from jaxft import features, masking, nets
 from jaxft.kernels import conv as convolution
+from tests.reference import cost
 
 BATCH = 16
 
@@ -20,7 +20,7 @@ def nbytes(tree):
 
 
 def kept_bytes(jaxpr):
-    """Of what the forward pass of a train step makes and its gradient reads, each value once, constants left out."""
+    """Bytes that the forward pass of a train step makes and its gradient reads: each value once, constants left out."""
     same, made, kept = {}, {}, {}  # variable → the first of that value; computation → its outputs; variable → bytes
     for eqn in jaxpr.eqns:
         inputs = [str(x) if isinstance(x, Literal) else same.get(x, x) for x in eqn.invars]
@@ -52,32 +52,29 @@ def kept_bytes(jaxpr):
 def test_a_step_does_and_keeps_what_the_formulas_say(name, freeze, clip_norm):
     """Bug: frozen layers get gradients, by a norm over all leaves say, keep activations for them, or momentum."""
     size = (107, 107) if "inception" in name else (64, 64)
-    net, state = flops.shapes(nets.create(name, 10, **nets.any_size(name)), freeze, size, clip_norm)
-    step = flops.traced_step(state, size, BATCH)
+    net, state = cost.shapes(nets.create(name, 10, **nets.any_size(name)), freeze, size, clip_norm)
+    step = cost.traced_step(net, state, size, BATCH)
 
-    operations = flops.formula(net, state, size, BATCH) + flops.normalisation(net, state, size, BATCH)
+    operations = cost.formula(net, state, size, BATCH) + cost.normalisation(net, state, size, BATCH)
     assert step.lower().cost_analysis()["flops"] == pytest.approx(operations, rel=0.05)
-    assert kept_bytes(step.jaxpr.jaxpr) == pytest.approx(flops.kept_bytes(net, state, size, BATCH), rel=0.05)
+    assert kept_bytes(step.jaxpr.jaxpr) == pytest.approx(cost.kept_bytes(net, state, size, BATCH), rel=0.05)
     momentum = nbytes([leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim])
     assert momentum == nbytes(masking.split(state.params, state.labels)[0])
 
 
-def test_a_step_on_a_cpu_is_the_frozen_stages_forward_and_a_step_behind_them(monkeypatch):
-    """Bug: the convolutions of a CPU, which have gradients of their own, take or keep something for frozen stages."""
+def test_a_step_on_a_cpu_is_the_frozen_stages_forward_and_a_step_after_them(monkeypatch):
+    """Bug: the convolutions of a CPU, which have gradients of their own, do or keep something for frozen stages."""
     monkeypatch.setattr(convolution, "MIN_MACS", 1)  # so that small images, too, are computed as large ones are
-    net, state = flops.shapes(nets.create("vgg16", 10, head=()), "through:block4", (64, 64))
-
-    def batch(images):
-        return {"image": images, "label": jax.ShapeDtypeStruct((BATCH,), jnp.int32)}
+    net, state = cost.shapes(nets.create("vgg16", 10, fc=False), "through:block4", (64, 64))
 
     images = jax.ShapeDtypeStruct((BATCH, 64, 64, 3), jnp.float32)
-    prefix = features.make_prefix(net, "block4", lambda x: x, {}, 0).lower(state.variables(), images, None)
+    prefix = features.make_prefix(net, "block4", lambda x: x).lower(state.variables(), images, None)
     programs = [
-        train.make_train_step(lambda _, x: x).lower(state, batch(images)),
-        train.make_train_step(lambda _, x: x, start="block4").lower(state, batch(prefix.out_info)),
+        cost.jitted_step(net).lower(state, cost.abstract_batch(images, BATCH)),
+        cost.jitted_step(net, start="block4").lower(state, cost.abstract_batch(prefix.out_info, BATCH)),
         prefix,
     ]
-    whole, behind, frozen_part = (program.compile() for program in programs)
+    whole, rest, frozen_part = (program.compile() for program in programs)
 
     def products(program):
         return len(re.findall(r" (?:dot|convolution)\(", program.as_text()))
@@ -85,5 +82,5 @@ def test_a_step_on_a_cpu_is_the_frozen_stages_forward_and_a_step_behind_them(mon
     def held(program):
         return program.memory_analysis().temp_size_in_bytes
 
-    assert products(whole) == products(behind) + products(frozen_part) > 100
-    assert held(whole) <= 1.05 * (held(behind) + held(frozen_part) + nbytes(prefix.out_info))
+    assert products(whole) == products(rest) + products(frozen_part) > 100
+    assert held(whole) <= 1.05 * (held(rest) + held(frozen_part) + nbytes(prefix.out_info))

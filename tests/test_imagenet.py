@@ -8,10 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import parity
 from jaxft import fetch, nets, port_weights
 from jaxft.data import decode
 from jaxft.preprocess import PREPROCESSING
+from tests.reference import keras_nets
 
 PHOTOGRAPH = "scikit-image==0.26.0", "596aa1e7cb875eb79f437e310381d26b338a81c2da23439704a73c4651e8c4bb"
 CATS = range(281, 286)  # tabby, tiger cat, Persian, Siamese, Egyptian cat
@@ -47,7 +47,7 @@ def top_5(name, path):
 
 
 def keras_top_5(name, path, images):
-    model = parity.APPLICATIONS[name](weights=None)
+    model = keras_nets.APPLICATIONS[name](weights=None)
     model.load_weights(path)
     with jax.default_matmul_precision("highest"):
         probabilities = np.asarray(model(images))[0]
@@ -57,7 +57,7 @@ def keras_top_5(name, path, images):
 
 @pytest.mark.parametrize("name", nets.ZOO)
 def test_a_cat_is_a_cat(name):
-    """Bug: channels in the wrong order, another preprocessing, kernels rotated: random weights would not show it."""
+    """Bug: channels in the wrong order, the wrong preprocessing, kernels rotated: random weights would not show it."""
     path = cached(name)
     if path is None:
         pytest.skip(f"no ImageNet file of {name} in {fetch.cache_folder() / name}")
@@ -65,7 +65,7 @@ def test_a_cat_is_a_cat(name):
     print(report, best, sep="\n")
     background = nets.spec(name).num_classes - 1000
     assert best[0][0] - background in CATS
-    if name in parity.APPLICATIONS:
+    if name in keras_nets.APPLICATIONS:
         theirs = keras_top_5(name, path, images)
         assert [i for i, _ in best] == [i for i, _ in theirs]
         np.testing.assert_allclose([p for _, p in best], [p for _, p in theirs], rtol=1e-4)
@@ -74,7 +74,7 @@ def test_a_cat_is_a_cat(name):
 @pytest.mark.parametrize("name", ["resnet50", "inception_v3"])
 def test_the_comparison_itself(name, tmp_path):
     """Bug: the test above has never run, and fails of something else when a file is there. (Random weights.)"""
-    model = parity.reference(name, nets.spec(name).native_size, classifier=True)
+    model = keras_nets.reference(name, nets.spec(name).native_size, classifier=True)
     model.save_weights(tmp_path / "w.weights.h5")
     best, images, _ = top_5(name, tmp_path / "w.weights.h5")
     theirs = keras_top_5(name, tmp_path / "w.weights.h5", images)

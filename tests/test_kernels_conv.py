@@ -47,7 +47,7 @@ def small_ones_too(monkeypatch):
 
 
 def plain(x, kernel, bias=None, factor=None, *, relu=False, strides, padding):
-    """Of whatever dtype, in the plainest operations."""
+    """The convolution in the plainest operations, in any dtype."""
     y = lax.conv_general_dilated(x, kernel, (strides, strides), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
     y = y if factor is None else y * factor
     y = y if bias is None else y + bias
@@ -135,7 +135,7 @@ def test_other_platforms_get_xlas_own(case, monkeypatch):
 
 
 def test_a_factor_in_the_kernel_has_the_same_gradients(monkeypatch):
-    """Bug: on a GPU the factor is left out of a gradient, or its own is another one."""
+    """Bug: on a GPU the factor is left out of a gradient, or its own gradient differs."""
     options, *arrays = draw("3×3")
     arrays = [np.float32(array) for array in arrays]
     on_cpu = with_gradients(partial(convolve, relu=True, **options), *arrays)

@@ -19,7 +19,7 @@ CASES = {  # height, width, window, strides, padding
 
 @pytest.mark.parametrize("case", CASES)
 def test_output_and_gradient_are_xlas_ties_included(case):
-    """Bug: the gradient goes to another pixel, to the last of equal ones, twice, or into the padding."""
+    """Bug: the gradient goes to the wrong pixel, to the last of equal ones, twice, or into the padding."""
     height, width, *how = CASES[case]
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.integers(-3, 3, (2, height, width, 5)), jnp.float32)  # few values, so many ties

@@ -8,20 +8,11 @@ import keras
 import numpy as np
 import optax
 import pytest
+from thin import CLASSES, DEPTHS, DISTINCT, make
 
-from benchmarks import parity
-from jaxft import masking, nets, optim, port_weights, train, train_state
+from jaxft import masking, nets, optim, phase, port_weights, task, train, train_state
 from jaxft.nets import inception
-
-CLASSES = 5
-DEPTHS = (2, 1, 1, 1)
-# Cut to those depths, the other nets are one of these again; they are tested whole, as slow.
-DISTINCT = (
-    *("vgg16", "googlenet", "inception_v3", "inception_v3_v02", "inception_v4", "resnet50", "resnet50_v02"),
-    *("resnet101_scale", "densenet121", "densenet121_scale"),
-)
-# Inception-V3 keeps one fork of each kind.
-FORKS = ("stem", "mixed0", "mixed3", "mixed4", "mixed8", "mixed9")
+from tests.reference import keras_nets
 
 
 def quick(*names, of=tuple(nets.ZOO)):
@@ -33,39 +24,19 @@ EVERY = quick(*DISTINCT)
 STATISTICS = quick("resnet50", of=("resnet50", "resnet50_v02", "inception_v3", "inception_v4", "densenet121"))
 
 
-def thin(name):
-    """(options that make the net small, image size)."""
-    if name not in DISTINCT:
-        return {"head": ()} if name == "vgg19" else {}, 32
-    if name.startswith(("resnet", "densenet")):
-        return {"depths": DEPTHS}, 32
-    if name == "inception_v4":
-        return {"table": tuple(inception.v4((1, 1, 1)).items())}, 75
-    if name.startswith("inception"):
-        table = dict(nets.spec(name).net.keywords["table"])
-        return {"table": tuple((stage, table[stage]) for stage in FORKS)}, 75
-    if name == "googlenet":
-        return {}, 224
-    return {"head": (), "depths": (1, 1, 1, 1, 2)}, 32
+def train_step(scale=1 / 255.0):
+    return train.make_train_step(task.classification(), CLASSES, lambda _, x, labels: (x * scale, labels))
 
 
-def make(name, **options):
-    """(net, variables with random statistics, normalised images)."""
-    fields, size = thin(name)
-    net = nets.create(name, CLASSES, **{**fields, **options})
-    rng = np.random.default_rng(0)
-    images = rng.normal(0, 1, (3, size, size, 3)).astype(np.float32)
-    shapes = jax.eval_shape(net.init, jax.random.key(0), images)
-
-    def draw(path, leaf):
-        field, shape = path[-1].key, leaf.shape
-        if field == "kernel":
-            return rng.normal(0, np.sqrt(2 / np.prod(shape[:-1])), shape).astype(np.float32)
-        if field in ("scale", "var"):
-            return rng.uniform(0.5, 1.5, shape).astype(np.float32)
-        return rng.normal(0, 0.1, shape).astype(np.float32)
-
-    return net, jax.tree_util.tree_map_with_path(draw, shapes), images
+def batch(images, labels=(0, 1, 2)):
+    """A training batch whose labels are all known."""
+    n = len(images)
+    return {
+        "image": images,
+        "label": np.array(labels, np.int32),
+        "known": np.ones(n, bool),
+        "weight": np.ones(n, np.float32),
+    }
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -76,21 +47,20 @@ def test_training(name):
     frozen = masking.frozen_layers(net, f"through:{stages[len(stages) // 2]}", variables["params"])
     net = net.clone(frozen=frozen)
 
-    # BatchNorm on running statistics: on those of the batch, a bias in front of it has no effect.
+    # BatchNorm on running statistics: with the statistics of the batch, a bias before it has no effect.
     def loss_of(params):
         logits = net.apply(variables | {"params": params}, images, train=False)[0]
-        return train.cross_entropy(logits, jnp.array([0, 1, 2]))
+        return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.array([0, 1, 2])).mean()
 
     grads = jax.jit(jax.grad(loss_of))(variables["params"])
     dead = [path for path, grad in jax.tree_util.tree_leaves_with_path(grads) if not np.any(grad)]
     assert not dead
 
-    step = train.make_train_step(lambda _, images: images / 255.0)
-    state = train_state.create(net, variables, optim.nesterov_sgd(optax.constant_schedule(1e-3), 0.9), frozen=frozen)
+    state = train_state.create(net, variables, phase.Phase(epochs=1, schedule=optim.Constant(1e-3)))
     uint8 = np.random.default_rng(1).integers(0, 256, images.shape, np.uint8)
     for _ in range(2):
-        state, metrics = step(state, {"image": uint8, "label": np.array([0, 1, 2], np.int32)})
-    assert np.isfinite(metrics["loss"])
+        state, figures = train_step()(state, batch(uint8))
+    assert np.isfinite(figures["loss"])
     for collection, after in (("params", state.params), ("batch_stats", state.batch_stats)):
         for layer, leaves in variables.get(collection, {}).items():
             for leaf, before in leaves.items():
@@ -101,7 +71,7 @@ def test_training(name):
                     and net.layers()[stages[-1]][-1] != layer
                 ):
                     if "batch_stats" in variables:
-                        continue  # in front of a BatchNorm that subtracts it again
+                        continue  # before a BatchNorm that subtracts it again
                 unchanged = np.array_equal(before, after[layer][leaf])
                 assert unchanged == (layer in frozen), f"{collection} {layer} {leaf}"
 
@@ -138,12 +108,12 @@ def test_bfloat16(name):
 
 @pytest.mark.parametrize("name", STATISTICS)
 def test_statistics_follow_keras(tmp_path, name):
-    """Bug: another momentum, an unbiased variance, or statistics of something else than the batch."""
+    """Bug: a different momentum, an unbiased variance, or statistics of something that is not the batch."""
     size = (80, 75) if "inception" in name else (35, 42)
-    model = parity.reference(name, size, classifier=False)
+    model = keras_nets.reference(name, size, classifier=False)
     model.save_weights(tmp_path / "w.weights.h5")
     variables, _ = port_weights.load(name, tmp_path / "w.weights.h5", num_classes=None)
-    images = parity.images_of(size, n=8 if "inception" in name else 3) / 60
+    images = keras_nets.images_of(size, n=8 if "inception" in name else 3) / 60
     with jax.default_matmul_precision("highest"):
         model(images, training=True)
         apply = jax.jit(lambda v, x: nets.create(name, None).apply(v, x, train=True, mutable=["batch_stats"])[1])
@@ -182,10 +152,11 @@ def test_googlenet_trains_three_heads_and_predicts_their_mean():
     mean = sum(np.asarray(jax.nn.softmax(head)) for head in heads) / 3
     np.testing.assert_allclose(jax.nn.softmax(logits), mean, rtol=1e-5)
     labels = jnp.array([4, 0, 1])
-    three = net.apply(variables, images, train=True)[0]
-    separate = sum(train.cross_entropy(head, labels) for head in heads)
-    np.testing.assert_allclose(train.cross_entropy(three, labels), separate, rtol=1e-5)
-    with pytest.raises(ValueError, match="start='inception_4b' lies behind inception_4a.*auxiliary=False"):
+    separate = sum(optax.softmax_cross_entropy_with_integer_labels(head, labels).mean() for head in heads)
+    state = train_state.create(net, variables, phase.Phase(epochs=1, schedule=optim.Constant(0.0)))
+    figures = train_step(scale=1.0)(state, batch(images, labels))[1]
+    np.testing.assert_allclose(figures["loss"], separate, rtol=1e-5)
+    with pytest.raises(ValueError, match="start='inception_4b' lies after inception_4a.*auxiliary=False"):
         net.apply(variables, out["inception_4b"], start="inception_4b")
     with pytest.raises(ValueError, match="4×4 map.*223 to 270.*5×5: resize"):
         jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 271, 271, 3)))

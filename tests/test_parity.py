@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from keras.src.applications.densenet import DenseNet  # the public names fix its depth
 
-from benchmarks import parity
 from jaxft import nets, port_weights
 from jaxft.nets import common
+from tests.reference import keras_nets
 
 TOLERANCE = 1e-5  # of max|Δ| / max|reference|; Keras's own two backends differ by about 8e-6 on VGG16
 
@@ -32,17 +32,17 @@ THIN = {
     "densenet121_scale": ({"depths": BLOCKS}, {"blocks": BLOCKS, "growth": 32, "stem_width": 64}),
 }
 BUILDERS = {
-    "inception_v4": parity.inception_v4.inception_v4,
-    "resnet101_scale": parity.resnet_scale.resnet_scale,
+    "inception_v4": keras_nets.inception_v4.inception_v4,
+    "resnet101_scale": keras_nets.resnet_scale.resnet_scale,
     "densenet121": DenseNet,
-    "densenet121_scale": parity.densenet_scale.densenet_scale,
+    "densenet121_scale": keras_nets.densenet_scale.densenet_scale,
 }
 
 
 @pytest.fixture(autouse=True)
 def tidy(monkeypatch):
     for name, (_, arguments) in THIN.items():
-        table = parity.APPLICATIONS if name in parity.APPLICATIONS else parity.REFERENCES
+        table = keras_nets.APPLICATIONS if name in keras_nets.APPLICATIONS else keras_nets.REFERENCES
         monkeypatch.setitem(table, f"thin {name}", partial(BUILDERS[name], **arguments))
         row = nets.ZOO[name]
         net = partial(row.net.func, **(row.net.keywords | THIN[name][0]))
@@ -68,18 +68,18 @@ def same(found, expected):
 
 def worst(name, model, images, variables, num_classes=None, **options):
     net = nets.create(name, num_classes, **options)
-    theirs = parity.keras_stages(name, model, nets.create(name, num_classes), images)
-    return max(parity.deviations(parity.our_stages(net, variables, images), theirs).values())
+    theirs = keras_nets.keras_stages(name, model, nets.create(name, num_classes), images)
+    return max(keras_nets.deviations(keras_nets.our_stages(net, variables, images), theirs).values())
 
 
 @pytest.mark.parametrize("name", PATHS)
 def test_every_stage_at_an_odd_size_from_every_layout(tmp_path, name):
     """Bug: padding, pooling of odd sizes, BatchNorm's epsilon, an order of layers or of arrays differs from Keras's."""
-    size = parity.odd_size(name)
-    model = parity.reference(name, size, classifier=False)
+    size = keras_nets.odd_size(name)
+    model = keras_nets.reference(name, size, classifier=False)
     model.save_weights(tmp_path / "w.weights.h5")
     variables = ported(name, tmp_path / "w.weights.h5")
-    assert worst(name, model, parity.images_of(size), variables) < TOLERANCE
+    assert worst(name, model, keras_nets.images_of(size), variables) < TOLERANCE
 
     model.save(tmp_path / "w.keras")
     same(ported(name, tmp_path / "w.keras"), variables)
@@ -128,11 +128,11 @@ def old_name(name, generation):
 @pytest.mark.parametrize("name", nets.ZOO)
 def test_every_stage_and_the_logits_at_the_native_size(tmp_path, name):
     """Bug: the classifier's layers are swapped or read their map in another order; and as above."""
-    model = parity.reference(name, nets.spec(name).native_size, classifier=True)
+    model = keras_nets.reference(name, nets.spec(name).native_size, classifier=True)
     num_classes = nets.spec(name).num_classes
     model.save_weights(tmp_path / "w.weights.h5")
     variables = ported(name, tmp_path / "w.weights.h5", num_classes)
-    found = worst(name, model, parity.images_of(nets.spec(name).native_size), variables, num_classes)
+    found = worst(name, model, keras_nets.images_of(nets.spec(name).native_size), variables, num_classes)
     print(f"{name}: largest deviation {found:.1e}")
     assert found < TOLERANCE
     for file in ("back.weights.h5", "back.h5"):
@@ -154,8 +154,8 @@ ALIKE = ("resnet101", "resnet152_scale", "densenet169", "densenet201", "densenet
 )
 def test_layers_count_as_keras_counts_them(name):
     """Bug: first:N freezes other layers than model.layers[:N] does, or a file of numbered layers is misread."""
-    model = parity.APPLICATIONS.get(name) or parity.REFERENCES[name]
-    options = {"weights": None} if name in parity.APPLICATIONS else {}
+    model = keras_nets.APPLICATIONS.get(name) or keras_nets.REFERENCES[name]
+    options = {"weights": None} if name in keras_nets.APPLICATIONS else {}
     keras.backend.clear_session()
     layers = model(**options).layers
     ours = [layer for layers in nets.create(name, nets.spec(name).num_classes).layers().values() for layer in layers]
@@ -171,15 +171,9 @@ def test_layers_count_as_keras_counts_them(name):
             assert name_ == f"{kind}_{number + 1}", f"{name}, layer {position}"
 
 
-def test_the_order_of_googlenets_layers():
-    """Bug: a file of numbered layers swaps the heads' layers with those of the last module."""
-    names = [layer.name for layer in parity.REFERENCES["googlenet"]().layers if layer.weights]
-    assert [layer for layer in nets.create("googlenet").keras_layers() if layer in names] == names
-
-
 @pytest.mark.parametrize("name", nets.ZOO)
 def test_the_zoo_states_parameters_and_cost(name, monkeypatch):
-    """Bug: a number of the zoo's table belongs to another net, or a net has grown."""
+    """Bug: a number of the zoo's table is that of a different net, or a net has grown."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # plain convolutions, which are counted
     row = nets.spec(name)
     net = nets.create(name, row.num_classes)
@@ -193,7 +187,7 @@ def test_the_zoo_states_parameters_and_cost(name, monkeypatch):
 
 
 def multiply_accumulates(jaxpr):
-    """Of the convolutions and matrix products of a program."""
+    """Multiply-accumulates of the convolutions and matrix products of a program."""
     total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "conv_general_dilated":
@@ -209,30 +203,30 @@ def multiply_accumulates(jaxpr):
     return total
 
 
-@pytest.mark.parametrize("name", list(parity.APPLICATIONS))
+@pytest.mark.parametrize("name", list(keras_nets.APPLICATIONS))
 def test_parameters_are_as_many_as_keras_counts(name):
     """Bug: a row of the zoo that agrees with our own net and not with Keras's."""
-    assert parity.APPLICATIONS[name](weights=None).count_params() == nets.spec(name).num_params
+    assert keras_nets.APPLICATIONS[name](weights=None).count_params() == nets.spec(name).num_params
 
 
 def test_scales_fold(tmp_path):
     """Bug: the folded net computes something else than the one whose Scale layers were trained."""
     for name in ("thin resnet101_scale", "thin densenet121_scale"):
-        size = parity.odd_size(name)
-        model = parity.reference(name, size, classifier=False)
+        size = keras_nets.odd_size(name)
+        model = keras_nets.reference(name, size, classifier=False)
         model.save_weights(tmp_path / "w.weights.h5")
         variables = common.fold_scales(ported(name, tmp_path / "w.weights.h5"))
         assert not [layer for layer in variables["params"] if "scale" in layer]
-        assert worst(name, model, parity.images_of(size), variables, fold_scale=True) < TOLERANCE
+        assert worst(name, model, keras_nets.images_of(size), variables, fold_scale=True) < TOLERANCE
 
 
 def test_the_tolerance_is_tight_enough_for_vgg():
     """Bug: the comparison above passes on a net that is wrong. Each of these must exceed the tolerance ten times."""
     size = (40, 33)
-    model = parity.reference("vgg16", size, classifier=False)
-    images = parity.images_of(size)
+    model = keras_nets.reference("vgg16", size, classifier=False)
+    images = keras_nets.images_of(size)
     net = nets.create("vgg16", None)
-    theirs = parity.keras_stages("vgg16", model, net, images)
+    theirs = keras_nets.keras_stages("vgg16", model, net, images)
     right = {
         layer.name: dict(zip(("kernel", "bias"), layer.get_weights(), strict=True))
         for layer in model.layers
@@ -241,7 +235,7 @@ def test_the_tolerance_is_tight_enough_for_vgg():
 
     def off(images, **layers):
         wrong = {"params": {name: right[name] | layers.get(name, {}) for name in right}}
-        return max(parity.deviations(parity.our_stages(net, wrong, images), theirs).values())
+        return max(keras_nets.deviations(keras_nets.our_stages(net, wrong, images), theirs).values())
 
     assert off(images) < TOLERANCE
     square = right["block5_conv3"]["kernel"]  # 3×3×512×512 survives every one of these without a shape error
@@ -256,10 +250,10 @@ def test_the_tolerance_is_tight_enough_for_vgg():
 def test_the_tolerance_is_tight_enough_for_batch_norm(tmp_path, monkeypatch):
     """Bug: as above, for what only nets with BatchNorm can have wrong, in one layer of fifty-three at a time."""
     size = (67, 50)
-    model = parity.reference("resnet50", size, classifier=False)
+    model = keras_nets.reference("resnet50", size, classifier=False)
     model.save_weights(tmp_path / "w.weights.h5")
     variables = ported("resnet50", tmp_path / "w.weights.h5")
-    images = parity.images_of(size)
+    images = keras_nets.images_of(size)
 
     def off(params=None, stats=None):
         wrong = {
@@ -283,9 +277,9 @@ def test_the_tolerance_is_tight_enough_for_batch_norm(tmp_path, monkeypatch):
 
     shifted = np.pad(images, ((0, 0), (0, 1), (0, 1), (0, 0)))[:, 1:, 1:]  # padding on the wrong side
     net = nets.create("resnet50", None)
-    theirs = parity.keras_stages("resnet50", model, net, images)
-    ours = parity.our_stages(net, variables, shifted)
-    assert max(parity.deviations(ours, theirs).values()) > 10 * TOLERANCE
+    theirs = keras_nets.keras_stages("resnet50", model, net, images)
+    ours = keras_nets.our_stages(net, variables, shifted)
+    assert max(keras_nets.deviations(ours, theirs).values()) > 10 * TOLERANCE
     right = nets.resnet.VARIANTS["keras"]
     monkeypatch.setitem(nets.resnet.VARIANTS, "keras", dataclasses.replace(right, epsilon=1e-3))
     assert off() > 10 * TOLERANCE

@@ -10,10 +10,10 @@ def variables(net, size=(32, 32)):
     return net.init(jax.random.key(0), jnp.zeros((1, *size, 3)))
 
 
-@pytest.mark.parametrize("head", [(), (16, 8)])
-def test_any_stage_can_be_the_start(head):
+@pytest.mark.parametrize("hidden", [(), (16, 8)])
+def test_any_stage_can_be_the_start(hidden):
     """Bug: a stage reads something beside the tensor that the stage before it hands on."""
-    net = nets.create("vgg16", 10, head=head)
+    net = nets.create("vgg16", 10, fc=False, hidden=hidden)
     v = variables(net)
     images = jax.random.normal(jax.random.key(1), (2, 45, 70, 3))
     logits, out = net.apply(v, images)
@@ -52,11 +52,11 @@ def test_an_unknown_start():
         jax.eval_shape(lambda: net.apply(variables(net), jnp.zeros((1, 2, 2, 512)), start="blok4"))
 
 
-def test_dropout_is_on_in_training_alone_and_behind_hidden_layers_alone():
+def test_dropout_is_on_in_training_alone_and_after_hidden_layers_alone():
     """Bug: dropout in inference, none in training, or on the pooled features."""
     images = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
-    for head, differs in [((), False), ((64,), True)]:
-        net = nets.create("vgg16", 10, head=head)
+    for hidden, differs in [((), False), ((64,), True)]:
+        net = nets.create("vgg16", 10, fc=False, hidden=hidden)
         v = variables(net)
         logits, out = net.apply(v, images)
         trained, trained_out = net.apply(v, images, train=True, rngs={"dropout": jax.random.key(2)})
@@ -67,7 +67,7 @@ def test_dropout_is_on_in_training_alone_and_behind_hidden_layers_alone():
 
 def test_bfloat16_keeps_float32_parameters_and_logits():
     """Bug: parameters are created, or logits returned, in the compute dtype."""
-    net = nets.create("vgg16", 10, head=(8,), dtype=jnp.bfloat16)
+    net = nets.create("vgg16", 10, fc=False, hidden=(8,), dtype=jnp.bfloat16)
     shapes = jax.eval_shape(lambda: variables(net))
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype(jnp.float32)}
     logits, out = jax.eval_shape(lambda: net.apply(variables(net), jnp.zeros((1, 32, 32, 3))))

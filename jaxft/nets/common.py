@@ -126,6 +126,9 @@ def check_fields(net: Any) -> None:
     def is_width(value: Any) -> bool:
         return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) > 0
 
+    def is_rate(value: Any) -> bool:
+        return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= float(value) < 1
+
     if net.num_classes is not None and not is_width(net.num_classes):
         raise ValueError(f"num_classes={net.num_classes!r} is no positive integer; None stops at the last feature map")
     if not isinstance(net.hidden, tuple) or not all(map(is_width, net.hidden)):
@@ -133,11 +136,12 @@ def check_fields(net: Any) -> None:
             f"hidden={net.hidden!r} is no tuple of positive integers, the widths of dense layers before the last one; "
             "say hidden=(256,) for one, () for none"
         )
-    rates = net.dropout if isinstance(net.dropout, tuple) else (net.dropout,)
-    if not all(
-        isinstance(rate, numbers.Real) and not isinstance(rate, bool) and 0 <= float(rate) < 1 for rate in rates
-    ):
-        raise ValueError(f"dropout={net.dropout!r} is no rate from 0 to below 1")
+    usual = type(net).dropout
+    many = isinstance(usual, tuple)
+    rates = net.dropout if many and isinstance(net.dropout, tuple) else (net.dropout,)
+    if len(rates) != (len(usual) if many else 1) or not all(map(is_rate, rates)):
+        wanted = f"tuple of {len(usual)} rates" if many else "rate"
+        raise ValueError(f"dropout={net.dropout!r} is no {wanted} from 0 to below 1, as {usual} is")
     if isinstance(net.frozen, str):
         raise ValueError(
             f"frozen={net.frozen!r} is a specification, where a net takes a frozenset of layer names: "

@@ -55,8 +55,11 @@ def _auxiliary(x, name, classes):
     return layers.Dense(classes, name=f"{name}_classifier")(layers.Dropout(0.7)(x))
 
 
-def googlenet(input_shape=(224, 224, 3), classes=1000) -> Model:
-    """The net up to the logits of loss1, loss2 and loss3, or up to `inception_5b` where `classes` is None."""
+def googlenet(input_shape=(224, 224, 3), classes=1000, hidden=()) -> Model:
+    """The net up to the logits of loss1, loss2 and loss3, or up to `inception_5b` where `classes` is None.
+
+    `hidden` are widths of dense layers of one's own before the last one.
+    """
     image = Input(input_shape)
     x = _conv(layers.ZeroPadding2D(3)(image), 64, 7, "conv1_7x7_s2", 2, "valid")
     x = LRN(name="pool1_norm1")(_halve(x, "pool1"))
@@ -71,5 +74,8 @@ def googlenet(input_shape=(224, 224, 3), classes=1000) -> Model:
     x = _module(_module(_halve(x, "pool4"), "5a"), "5b")
     if classes is None:
         return Model(image, x, name="googlenet")
-    x = layers.Dropout(0.4)(layers.GlobalAveragePooling2D()(x))
+    x = layers.GlobalAveragePooling2D()(x)
+    for i, width in enumerate(hidden, 1):
+        x = layers.Dense(width, activation="relu", name=f"hidden{i}")(x if i == 1 else layers.Dropout(0.4)(x))
+    x = layers.Dropout(0.4)(x)
     return Model(image, [*outputs, layers.Dense(classes, name="loss3_classifier")(x)], name="googlenet")
