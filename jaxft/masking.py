@@ -43,7 +43,7 @@ def select(net: Net, spec: str, weighted: Collection[str], setting: str = "layer
         net: the backbone; its `layers()` give the order of stages and of layers.
         spec: `none`; `all-but-head`, all but the layers that are new to the task; `stage:STAGE`, that stage;
             `through:STAGE`, that stage and all before it but layers new to the task; `from:STAGE`, that stage and all
-            after it; `first:N`, the first N layers as Keras counts them in the Sequential model of 2016, padding and pooling
+            after it; `first:N`, the first N layers as Keras counts them in the origin's model, padding and pooling
             included; or a regular expression that matches whole layer names. The origin is the Keras fine-tuning guide
             of 2016 and its scripts.
         weighted: the layers that have weights, i.e. the keys of `params`.
