@@ -54,7 +54,7 @@ def test_cells_are_batched(tmp_path: Path):
 
 
 def test_fingerprint(tmp_path: Path):
-    """Fails if other pixels or labels pass for the same data, or a rewritten zip for other data."""
+    """Fails if changed pixels or labels pass for the same data, or a rewritten zip for changed data."""
     first = elpv.read(cells(tmp_path)).fingerprint
     assert elpv.read(cells(tmp_path)).fingerprint == first
     seen = {first, elpv.read(cells(tmp_path, grey=1)).fingerprint}
@@ -117,7 +117,7 @@ def test_wheel_is_checked_and_cached(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.slow
 def test_as_published(tmp_path: Path):
-    """Fails if the package is gone or other, or its counts are not those of the paper's table of cells."""
+    """Fails if the package is gone or changed, or its counts are not those of the paper's table of cells."""
     found = elpv.prepare(tmp_path)
     thirds = (found.probabilities * 3).round().astype(int).tolist()
     counts = Counter(zip(found.types, thirds, strict=True))

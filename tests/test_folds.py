@@ -1,4 +1,4 @@
-"""Driver folds and stratified splits."""
+"""Folds of whole groups, and stratified splits."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def state_farm_groups() -> list[str]:
 def test_drivers_stay_whole_and_every_fold_has_some(count):
     """Fails when a driver is divided between folds, or a fold is empty."""
     groups = state_farm_groups()
-    fold_of = folds.driver_folds(groups, count)
+    fold_of = folds.group_folds(groups, count)
     assert fold_of.shape == (22_424,) and fold_of.dtype == np.int32
     assert len(set(zip(groups, fold_of.tolist(), strict=True))) == 26
     assert set(fold_of.tolist()) == set(range(count))
@@ -30,19 +30,19 @@ def test_drivers_stay_whole_and_every_fold_has_some(count):
 @pytest.mark.parametrize("seed", range(20))
 def test_folds_are_balanced_by_images(seed):
     """Fails when folds are equal in drivers rather than in images, or the seed's blur unbalances them."""
-    sizes = np.bincount(folds.driver_folds(state_farm_groups(), 5, seed=seed))
+    sizes = np.bincount(folds.group_folds(state_farm_groups(), 5, seed=seed))
     assert sizes.max() / sizes.min() < 1.12, sizes
 
 
 def test_folds_depend_on_the_seed_and_not_on_the_order_of_examples():
     """Fails when the seed is ignored, a set's iteration order (hash randomisation) leaks in, or rows decide."""
     groups = state_farm_groups()
-    first = dict(zip(groups, folds.driver_folds(groups, 5, seed=0).tolist(), strict=True))
-    again = dict(zip(groups[::-1], folds.driver_folds(groups[::-1], 5, seed=0).tolist(), strict=True))
+    first = dict(zip(groups, folds.group_folds(groups, 5, seed=0).tolist(), strict=True))
+    again = dict(zip(groups[::-1], folds.group_folds(groups[::-1], 5, seed=0).tolist(), strict=True))
     assert first == again
 
     def partition(seed):
-        fold_of = folds.driver_folds(groups, 5, seed=seed)
+        fold_of = folds.group_folds(groups, 5, seed=seed)
         return {frozenset(g for g, f in zip(groups, fold_of.tolist(), strict=True) if f == fold) for fold in range(5)}
 
     assert partition(0) != partition(1)
@@ -67,10 +67,10 @@ def test_split_is_the_fold_and_its_complement():
     [
         (["a", "b", "c"], 3, 3, "fold 3 does not exist: 3 folds are numbered 0 to 2"),
         (["a", "b", "c"], -1, 3, "fold -1 does not exist"),
-        (["a", "b", "c"], 0, 4, "4 folds of 3 drivers: a fold with no drivers"),
+        (["a", "b", "c"], 0, 4, "4 folds of 3 groups: a fold with no group"),
         (["a", "b", "c"], 0, 1, "leaves nothing to train on"),
-        (["a", "a"], 0, 2, "at least two drivers, found 1: a"),
-        ([], 0, 2, "at least two drivers, found 0"),
+        (["a", "a"], 0, 2, "at least two groups, found 1: a"),
+        ([], 0, 2, "at least two groups, found 0"),
     ],
 )
 def test_impossible_folds_are_refused(groups, fold, count, message):

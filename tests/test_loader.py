@@ -98,7 +98,7 @@ def test_batches_have_the_promised_shapes_and_contents(small):
 
 @pytest.mark.parametrize("start", [1, 3, 4, 10])
 def test_starting_at_a_step_gives_the_tail(small, start):
-    """Fails when a batch depends on those before it: a resumed run would see other images."""
+    """Fails when a batch depends on those before it: a resumed run would see different images."""
     assert_equal(train(small, num_steps=11)[start:], train(small, start_step=start, num_steps=11 - start))
 
 
@@ -296,7 +296,7 @@ print("done")
 
 
 def test_decode_once_gives_the_same_batches_and_decodes_once(tmp_path, monkeypatch):
-    """Fails when the file holds other images, epochs or runs decode anew, or images not asked for are decoded."""
+    """Fails when the file holds wrong images, epochs or runs decode anew, or images not asked for are decoded."""
     monkeypatch.setenv("JAXFT_CACHE", str(tmp_path))
     images = Counting([encoded(picture(i)) for i in range(14)])
     data = dataset(images=images)
@@ -415,7 +415,7 @@ def test_scaled_decoding_stays_near_exact_decoding():
     [("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "L"), ("PNG", "LA"), ("PNG", "RGBA"), ("PNG", "P"), ("PNG", "1")],
 )
 def test_other_modes_become_rgb(kind, mode):
-    """Fails when grey, palette, alpha or CMYK files come out with other than three channels, or inverted."""
+    """Fails when grey, palette, alpha or CMYK files do not come out with three channels, or inverted."""
     array = np.full((48, 64, 3), 255, np.uint8)
     array[:, :32] = 0
     found = decode.rgb(encoded(array, kind, mode), SIZE, "")

@@ -141,6 +141,17 @@ def test_zips_are_read_in_place(folder, tmp_path, form):
     assert len(statefarm.prepare(root, tmp_path / "cache", split="test")) == 3
 
 
+def test_a_zip_of_windows_and_a_home_folder_are_read(folder, tmp_path, monkeypatch):
+    """Bug: backslashes in a zip are said to point outside; ~ makes a folder of that name."""
+    with zipfile.ZipFile(tmp_path / "state-farm-distracted-driver-detection.zip", "w") as archive:
+        for path in files(folder):
+            archive.writestr(path.relative_to(folder).as_posix().replace("/", "\\"), path.read_bytes())
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert_is(statefarm.prepare("~", "~/cache"), folder)
+    assert {path.name for path in tmp_path.iterdir()} == {"cache", "state-farm-distracted-driver-detection.zip"}
+
+
 def test_nothing_is_left_in_the_temporary_folder(folder, tmp_path, monkeypatch):
     """Fails when TFDS looks for the dataset in its bucket, leaving an empty folder each time."""
     (tmp_path / "tmp").mkdir()
@@ -324,11 +335,13 @@ def test_a_folder_that_is_none_says_where_to_get_the_data(broken, tmp_path, plac
 
 
 def test_junk_beside_the_images_is_ignored(broken, tmp_path):
-    """Fails when what file managers and notebooks leave behind stops the build."""
+    """Fails when what file managers, notebooks and network disks leave stops the build."""
     (broken / "imgs/train/c0/.DS_Store").write_bytes(b"x")
     (broken / "imgs/train/c0/._img_0.jpg").write_bytes(b"x")
     (broken / "imgs/train/Thumbs.db").write_bytes(b"x")
     (broken / "imgs/train/.ipynb_checkpoints").mkdir()
+    (broken / "imgs/train/@eaDir").mkdir()
+    (broken / "imgs/train/@eaDir/img_0.jpg").write_bytes(b"x")
     zipped(tmp_path / "state-farm-distracted-driver-detection.zip", broken, ["imgs", CSV])
     with zipfile.ZipFile(tmp_path / "state-farm-distracted-driver-detection.zip", "a") as archive:
         archive.writestr("__MACOSX/imgs/train/c0/._img_0.jpg", b"x")

@@ -1,6 +1,6 @@
 """The stand-in for State Farm's pictures: drawn by a program, in Kaggle's layout.
 
-It serves to try the whole pipeline where Kaggle's data are absent. A score on it says nothing about State Farm.
+With it the whole pipeline can be tried where Kaggle's data are absent. A score on it says nothing about State Farm.
 """
 
 import concurrent.futures
@@ -19,11 +19,11 @@ from experiments.standin import cabin
 from jaxft.progress import bar
 
 MARKER = "STANDIN.json"
-VERSION = 1  # of the pictures: another version draws others from the same seed
+VERSION = 1  # a new version draws different pictures from the same seed
 NOTE = "Drawn by a program to stand in for State Farm's photographs; scores on it say nothing about State Farm."
 CLASSES = len(cabin.POSTURES)
 CLIP = 5  # pictures in a row that show one movement
-QUALITY = 90  # of the JPEG files
+QUALITY = 90  # JPEG
 
 
 def jpeg(seed: int, driver: int, image: int) -> bytes:
@@ -45,7 +45,7 @@ def render(root: Path, *, drivers: int, images_per_driver: int, seed: int = 0, w
     Args:
         root: the folder; it appears when everything in it is written. A file `STANDIN.json` marks it.
         drivers, images_per_driver: how many; classes take turns, so a multiple of 10 gives each driver equal shares.
-        seed: of everything drawn. A larger set of the same seed holds the pictures of a smaller one.
+        seed: decides everything drawn. A larger set of the same seed holds the pictures of a smaller one.
         workers: threads; they change nothing but the time.
 
     Returns:
@@ -63,7 +63,7 @@ def render(root: Path, *, drivers: int, images_per_driver: int, seed: int = 0, w
     facts: dict[str, Any] = {"note": NOTE, "version": VERSION, "seed": seed}
     facts |= {"drivers": drivers, "images_per_driver": images_per_driver}
     marker = json.dumps(facts, indent=2) + "\n"
-    root = root.absolute()
+    root = root.expanduser().absolute()
     if root.exists():
         if _holds(root, marker):
             return root
@@ -82,7 +82,7 @@ def render(root: Path, *, drivers: int, images_per_driver: int, seed: int = 0, w
             raise OSError(
                 error.errno,
                 f"the stand-in of {drivers} × {images_per_driver} images cannot be written to {root}; nothing of it is "
-                f"left behind; make room or name another folder: {error}",
+                f"left; make room or name another folder: {error}",
             ) from error
     finally:
         if partial:

@@ -42,7 +42,7 @@ def _png(image: np.ndarray) -> bytes:
 
 
 def read(archive: Path, names: Sequence[str]) -> Iterator[tuple[int, np.ndarray]]:
-    """(label, image uint8 [32, 32, 3]) of each record of some files of the archive, which is read in place.
+    """(label, image uint8 [32, 32, 3]) of each record in some files of the archive, read in place.
 
     Raises:
         ValueError: the archive is not whole, lacks a file, or a file is not of this format.

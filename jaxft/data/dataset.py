@@ -115,7 +115,7 @@ class Dataset:
         Equal data have equal fingerprints, from whatever files they come.
         """
         texts = json.dumps([self.target, self.classes, self.groups, self.names], ensure_ascii=False)
-        digest = hashlib.sha256(texts.encode("utf-8", "surrogateescape"))
+        digest = hashlib.sha256(texts.encode("utf-8", "surrogatepass"))
         digest.update(np.ascontiguousarray(self.labels, self.labels.dtype.newbyteorder("<")).tobytes())
         digest.update(b"".join(self.digests))
         return digest.hexdigest()

@@ -18,15 +18,15 @@ _PILLOW_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # a
 
 
 def rgb(image: bytes | np.ndarray, size: tuple[int, int], name: str, *, scaled: bool = False) -> np.ndarray:
-    """Decode and resize, antialiased, squashing the aspect as the origin does.
+    """Decode and resize, antialiased, squashing the aspect as Keras's image loading does.
 
     Args:
         image: a JPEG or PNG file's bytes, or decoded uint8 [H, W, 3]. Grey becomes three equal channels, alpha is
             dropped, EXIF orientation is not applied.
         size: (height, width) wanted.
         name: by which an error calls the image.
-        scaled: let libjpeg decode at a fraction of the size, never below the one wanted. Faster, and a little other
-            pixels: it averages blocks of coefficients where the resize averages pixels.
+        scaled: let libjpeg decode at a fraction of the size, never below the one wanted. Faster, with
+            slightly different pixels: it averages blocks of coefficients where the resize averages pixels.
 
     Returns:
         uint8 [height, width, 3], RGB.
@@ -82,7 +82,7 @@ def _open(data: bytes, name: str) -> Iterator[Image.Image]:
             yield opened
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as err:
         raise ValueError(f"image {name} claims too many pixels ({err})") from err
-    except (OSError, SyntaxError, EOFError) as err:  # what Pillow raises of a broken file
+    except (OSError, SyntaxError, EOFError) as err:  # what Pillow raises for a broken file
         raise ValueError(f"image {name} cannot be decoded ({err}); replace or remove it") from err
 
 

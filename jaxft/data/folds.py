@@ -1,4 +1,4 @@
-"""Which examples train and which test, so that nothing of a test driver is ever trained on."""
+"""Which examples train and which test: whole groups, such as drivers, or strata in proportion."""
 
 from collections import Counter
 from collections.abc import Hashable, Sequence
@@ -6,11 +6,11 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 
 
-def driver_folds(groups: Sequence[str], folds: int, *, seed: int = 0) -> np.ndarray:
-    """The fold of each example: whole drivers, folds as equal in images as whole drivers allow.
+def group_folds(groups: Sequence[str], folds: int, *, seed: int = 0) -> np.ndarray:
+    """The fold of each example: groups stay whole, and folds are as equal in examples as that allows.
 
     Args:
-        groups: the driver of each of N examples; their order decides nothing.
+        groups: the group of each of N examples, such as its driver; their order decides nothing.
         folds: how many.
         seed: another seed gives another partition, balanced as well.
 
@@ -18,37 +18,37 @@ def driver_folds(groups: Sequence[str], folds: int, *, seed: int = 0) -> np.ndar
         int32 [N], 0 to folds - 1, every fold present.
 
     Raises:
-        ValueError: fewer than two drivers, fewer than two folds, or more folds than drivers.
+        ValueError: fewer than two groups, fewer than two folds, or more folds than groups.
     """
     counts = Counter(groups)
     if len(counts) < 2:
-        raise ValueError(f"folds by driver need at least two drivers, found {len(counts)}: {', '.join(counts)}")
+        raise ValueError(f"folds of whole groups need at least two groups, found {len(counts)}: {', '.join(counts)}")
     if not 2 <= folds <= len(counts):
-        why = "one fold leaves nothing to train on" if folds < 2 else "a fold with no drivers could not be scored"
-        raise ValueError(f"{folds} folds of {len(counts)} drivers: {why}; choose 2 to {len(counts)} folds")
-    drivers = sorted(counts)
-    # Largest first, each to the lightest fold, balances best; blurring the sizes by a fifth lets the seed matter.
-    blur = 1 + 0.2 * np.random.default_rng(seed).random(len(drivers))
-    order = sorted(range(len(drivers)), key=lambda i: -counts[drivers[i]] * blur[i])
+        why = "one fold leaves nothing to train on" if folds < 2 else "a fold with no group could not be scored"
+        raise ValueError(f"{folds} folds of {len(counts)} groups: {why}; choose 2 to {len(counts)} folds")
+    names = sorted(counts)
+    # Largest first, each to the lightest fold, balances best. Sizes blurred by a fifth let the seed matter.
+    blur = 1 + 0.2 * np.random.default_rng(seed).random(len(names))
+    order = sorted(range(len(names)), key=lambda i: -counts[names[i]] * blur[i])
     sizes = [0] * folds
     fold_of: dict[str, int] = {}
     for i in order:
         fold = sizes.index(min(sizes))
-        fold_of[drivers[i]] = fold
-        sizes[fold] += counts[drivers[i]]
+        fold_of[names[i]] = fold
+        sizes[fold] += counts[names[i]]
     return np.asarray([fold_of[group] for group in groups], np.int32)
 
 
 def split(groups: Sequence[str], fold: int, folds: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """The examples outside and inside one of the folds of `driver_folds`.
+    """The examples outside and inside one of the folds of `group_folds`.
 
     Returns:
-        (train, test), int64 indices in ascending order; no driver is in both.
+        (train, test), int64 indices in ascending order; no group is in both.
 
     Raises:
-        ValueError: `fold` is not one of 0 to folds - 1, and what `driver_folds` raises.
+        ValueError: `fold` is not one of 0 to folds - 1, and what `group_folds` raises.
     """
-    of_example = driver_folds(groups, folds, seed=seed)
+    of_example = group_folds(groups, folds, seed=seed)
     if not 0 <= fold < folds:
         raise ValueError(f"fold {fold} does not exist: {folds} folds are numbered 0 to {folds - 1}")
     return np.flatnonzero(of_example != fold), np.flatnonzero(of_example == fold)

@@ -42,8 +42,8 @@ def train_batches(
 
     Args:
         inputs: the examples, their order, size and weights.
-        images: those of the dataset or stand-ins for them, such as `Decoded`; None leaves the images out, for training
-            on cached features.
+        images: the dataset's, or the same ones from elsewhere, such as `Decoded`. None leaves the images out, for
+            training on cached features.
         seed: at least 0.
         start_step: the first batch, at least 0; a resumed run passes the step that it restored.
         num_steps: batches to give; None goes on forever.
@@ -83,7 +83,7 @@ def eval_batches(
 ) -> Batches:
     """Each example once, in the order of `inputs.indices`; the last batch is padded: one compiled step serves all.
 
-    The arguments, and what is raised, are those of `train_batches`, but a batch larger than the set is padded.
+    Arguments and errors are as in `train_batches`, but a batch larger than the set is padded.
 
     Yields:
         {"image", "label", "known" and "index" as from `train_batches`, "real": bool [B/count]}. A padding row has real

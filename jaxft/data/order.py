@@ -73,7 +73,7 @@ def class_weights(dataset: Dataset, indices: np.ndarray) -> np.ndarray:
     indices = np.asarray(indices)
     labels = _class_labels(dataset, indices, "order.class_weights", "give Inputs.weights of your own")
     counts = np.bincount(labels[labels >= 0], minlength=len(dataset.classes))
-    of_class = np.ones(len(counts) + 1)  # the last is that of label -1
+    of_class = np.ones(len(counts) + 1)  # the last is for label -1
     present = np.flatnonzero(counts)
     of_class[present] = counts.sum() / (len(present) * counts[present])
     return of_class[dataset.labels].astype(np.float32)

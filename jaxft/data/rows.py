@@ -17,7 +17,7 @@ from jaxft import fetch, files
 from jaxft.progress import bar
 
 BLOCK_BYTES = 64 * 2**20  # written, synced and entered into the manifest together: what a crash can cost
-SPARE_BYTES = 4 * 2**30  # left on the disk for checkpoints and for others
+SPARE_BYTES = 4 * 2**30  # left on the disk for checkpoints and for other programs
 
 
 class CacheError(OSError):
@@ -102,7 +102,7 @@ class Rows:
         """The rows of some images, on the device if the cache is held there.
 
         Args:
-            indices: of images, int [...]; -1, that of a padding row, gets the row of some image.
+            indices: numbers of images, int [...]; -1, for a padding row, gets the row of some image.
 
         Returns:
             [..., *shape].

@@ -68,7 +68,7 @@ def prepare(data_dir: str | os.PathLike[str], cache_dir: str | os.PathLike[str],
         },
         total=sum(map(len, layout.splits.values())),
     )
-    # The folder's name is of the data's state, so that changed data are not taken for the built ones.
+    # The folder is named after the data's state, so that changed data are not taken for the built ones.
     images, kept = tfds_records.open_or_build(records, cache_dir / "statefarm" / layout.key[:16], (split,))
     return Dataset(
         name=f"State Farm, {split}",
@@ -83,7 +83,7 @@ def prepare(data_dir: str | os.PathLike[str], cache_dir: str | os.PathLike[str],
 def _shard(
     layout: Layout, examples: tuple[Example, ...], columns: dict[str, Any]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(key, features) of some examples, which are entered into `columns` as well."""
+    """(key, features) of some examples; their columns go into `columns` as well."""
     for example in examples:
         image = layout.read(example.path)
         decode.jpeg_size(image, example.path)

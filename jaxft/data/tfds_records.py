@@ -74,7 +74,7 @@ def open_or_build(records: Records, place: Path, splits: Sequence[str]) -> tuple
 
     Args:
         records: what is built.
-        place: folder of the build, which appears in it whole or not at all.
+        place: folder of the build; the build appears in it whole or not at all.
         splits: those that are read.
 
     Raises:
@@ -115,19 +115,19 @@ class _Info(tfds.core.DatasetInfo):
 
 
 class _Builder(tfds.core.ShardBasedBuilder, skip_registration=True):
-    """Built on ShardBasedBuilder, which keeps the order and streams.
+    """The builder of any `Records`: a ShardBasedBuilder, because that keeps the order and streams.
 
     GeneratorBasedBuilder keeps up to 1000 MiB in memory to shuffle it, and above that shuffles in files that
     only an installed TensorFlow can write.
     """
 
-    name = "records"  # each instance has that of its records
+    name = "records"  # each instance gets the name of its records
 
     # Where tensorflow-datasets would find this out, it imports importlib_resources, which nothing installs.
     code_path = epath.Path(__file__)
 
     def __init__(self, records: Records, place: Path, on_example: Callable[[], object] = lambda: None):
-        # Of the instance, as in tensorflow-datasets' own AdhocBuilder.
+        # Set on the instance, as tensorflow-datasets' own AdhocBuilder does.
         self.name = records.name  # pyright: ignore[reportAttributeAccessIssue]
         self.VERSION = tfds.core.Version(records.version)
         self.RELEASE_NOTES = {records.version: records.release_notes}  # pyright: ignore[reportAttributeAccessIssue]
