@@ -6,6 +6,7 @@ import inspect
 import json
 import numbers
 import pathlib
+import types
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -72,8 +73,9 @@ def record(
 ) -> dict[str, Any]:
     """All that the result of a run depends on, as JSON values; what merely changes its speed is left out.
 
-    Functions are recorded by their names and settings: those of a dataclass, a `functools.partial` or a closure are
-    seen, so that another rate is another run. The code of a function is not.
+    Functions are recorded by their names and settings: those of a dataclass, a `functools.partial`, a closure or a
+    global number are seen, so that another rate is another run. The code of a function is not, but for the names and
+    constants in that of a lambda.
     """
     found = {
         "model": model.description() | {"variables": digest(model.variables)},
@@ -82,7 +84,7 @@ def record(
         "held_out": _inputs(held_out),
         "phases": [describe(phase) for phase in phases],
         "seed": run.seed,
-        "config": dict(config),
+        "config": describe(config),
     }
     return json.loads(json.dumps(files.strict(found), default=describe))
 
@@ -98,50 +100,67 @@ def _inputs(inputs: Inputs) -> dict[str, Any]:
     }
 
 
-def describe(value: Any) -> Any:
-    """A value as JSON: words and numbers as they are, dataclasses by fields, functions by name, closure and settings."""
+def describe(value: Any, within: tuple[int, ...] = ()) -> Any:
+    """A value as JSON: words and numbers as they are, dataclasses by fields, functions by name, closure and settings.
+
+    `within` holds the ids of what the value is a part of, which may come again inside of it.
+    """
     if value is None or isinstance(value, bool | int | float | str):
         return value
+    if id(value) in within:
+        return "what this is a part of"
+    part = partial(describe, within=(*within, id(value)))
     if isinstance(value, Mapping):
-        return {str(key): describe(item) for key, item in value.items()}
+        return {str(key): part(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [describe(item) for item in value]
+        return [part(item) for item in value]
     if isinstance(value, set | frozenset):
         return sorted(map(str, value))
     if isinstance(value, np.ndarray | np.generic | jax.Array):
         array = np.asarray(value)
         return array.tolist() if array.size <= 16 else f"{array.dtype}{list(array.shape)} {digest(array)}"
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {field.name: describe(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        fields = {field.name: part(getattr(value, field.name)) for field in dataclasses.fields(value)}
         return {"is": type(value).__qualname__, **fields}
     if isinstance(value, partial):
-        return {"is": describe(value.func), "args": describe(value.args), **describe(value.keywords)}
+        return {"is": part(value.func), "args": part(value.args), **part(value.keywords)}
     if isinstance(value, pathlib.PurePath):
         return str(value)
     if inspect.isroutine(value) or (callable(value) and hasattr(value, "__wrapped__")):  # the latter as jax.jit gives
-        return _function(value)
+        return _function(value, part)
     if isinstance(value, type):
         return f"{value.__module__}.{value.__qualname__}"
-    return {"is": f"{type(value).__module__}.{type(value).__qualname__}", **describe(getattr(value, "__dict__", {}))}
+    if inspect.ismodule(value):
+        return value.__name__
+    return {"is": f"{type(value).__module__}.{type(value).__qualname__}", **part(getattr(value, "__dict__", {}))}
 
 
-def _function(function: Callable[..., Any]) -> Any:
+def _function(function: Callable[..., Any], part: Callable[[Any], Any]) -> Any:
     name = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', repr(function))}"
     function = inspect.unwrap(function)
     if inspect.ismethod(function):
-        return {"is": name, "of": describe(function.__self__)}
+        return {"is": name, "of": part(function.__self__)}
     if not inspect.isfunction(function):
         return name
-    closed = inspect.getclosurevars(function).nonlocals
-    settings = {key: describe(value) for key, value in closed.items() if value is not function}
-    if "<lambda>" in name:  # its constants are all that tells one from another
-        settings["constants"] = [value for value in function.__code__.co_consts if isinstance(value, int | float | str)]
-    defaults = function.__defaults__ or ()
-    return (
-        {"is": name, **settings} | ({"defaults": describe(defaults)} if defaults else {})
-        if settings or defaults
-        else name
-    )
+    seen = inspect.getclosurevars(function)
+    numbers_and_words = {key: value for key, value in seen.globals.items() if isinstance(value, int | float | str)}
+    settings = {key: part(value) for key, value in {**numbers_and_words, **seen.nonlocals}.items()}
+    if "<lambda>" in name:  # nothing else tells one from another
+        settings["code"] = _written(function.__code__)
+    defaults = {"defaults": function.__defaults__, "keywords": function.__kwdefaults__}
+    settings |= {key: part(value) for key, value in defaults.items() if value}
+    return {"is": name, **settings} if settings else name
+
+
+def _written(code: types.CodeType) -> list[Any]:
+    """The names and constants of a function's code, those of functions inside of it too."""
+    found: list[Any] = list(code.co_names)
+    for value in code.co_consts:
+        if isinstance(value, types.CodeType):
+            found += _written(value)
+        elif isinstance(value, int | float | str):
+            found.append(value)
+    return found
 
 
 def digest(tree: Any) -> str:
@@ -165,7 +184,7 @@ def require_same(folder: pathlib.Path, saved: Mapping[str, Any], wanted: dict[st
     Args:
         folder: for the message.
         saved, wanted: records, there and asked for.
-        done: epochs of the last phase that are finished; fewer cannot be asked for.
+        done: epochs of the last phase that are finished or begun; fewer cannot be asked for.
 
     Raises:
         ValueError: they differ; the message shows where.
