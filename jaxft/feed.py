@@ -128,7 +128,7 @@ def make(
     if stage is None and inputs.views is None:
         step = train.make_train_step(task, outputs, _prepare(inputs, preprocessing))
     else:
-        # A step is two programs: up to `stage`, and what follows. Of views on a net without frozen stages, the first
+        # A step is two programs: up to `stage`, and what follows. With views on a net without frozen stages, the first
         # one augments alone.
         views = inputs.views
         prefix = features.make_prefix(net, stage, preprocess.get(preprocessing), inputs.augment, run.seed)
@@ -153,24 +153,9 @@ def make(
         return batch if view is None else batch | {"row": features.row(view, batch["index"], len(inputs.dataset))}
 
     def dispatches(first: int, last: int) -> Iterator[Dispatch]:
-        plain = loader.train_batches(
-            inputs,
-            train_side.images,
-            seed=run.seed,
-            start_step=first,
-            num_steps=last - first,
-            process=devices.process(),
-        )
-        step = first
-        while step < last:
+        for step, batch, count in _stream(train_side, run, at_once, first, last):
             view = step // inputs.steps_per_epoch % views if views else None
-            count = 1
-            if at_once > 1:
-                periods = [period for period in (inputs.steps_per_epoch, run.save_every) if period]
-                count = min(at_once, last - step, *(period - step % period for period in periods))
-            batch = next(plain) if at_once == 1 else several(plain, count)
             yield Dispatch(with_images(batch, view), count, at_once > 1)
-            step += count
 
     def evaluated(variables: Variables) -> Predictions:
         batches = held_out.batches(held_out.inputs.indices)
@@ -193,6 +178,27 @@ def _prepare(inputs: Inputs, preprocessing: str) -> train.Prepare:
         return normalise(images), labels
 
     return prepare
+
+
+def _stream(side: Side, run: runs.Run, at_once: int, first: int, last: int) -> Iterator[tuple[int, Batch, int]]:
+    """(step, its batch, 1) from step `first` to before `last`; or several batches and how many, which cross no save."""
+    plain = loader.train_batches(
+        side.inputs,
+        side.images,
+        seed=run.seed,
+        start_step=first,
+        num_steps=last - first,
+        process=devices.process(),
+    )
+    if at_once == 1:
+        yield from ((step, batch, 1) for step, batch in zip(range(first, last), plain, strict=True))
+        return
+    periods = [period for period in (side.inputs.steps_per_epoch, run.save_every) if period]
+    step = first
+    while step < last:
+        count = min(at_once, last - step, *(period - step % period for period in periods))
+        yield step, several(plain, count), count
+        step += count
 
 
 def _name(view: int | None) -> str:

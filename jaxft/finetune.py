@@ -23,7 +23,7 @@ from jaxft.task import Task
 from jaxft.train import Plan, Progress, fit
 from jaxft.train_state import TrainState
 
-SHOWN = (240, 320)  # pixels of the images in the pictures of a run
+SHOWN = 320  # pixels of the longer side of the images in the pictures of a run
 
 
 def keep_programs() -> pathlib.Path:
@@ -94,6 +94,7 @@ def finetune(
         summary["kept"] = {"which": run.keep, "epoch": row["epoch"], "step": row["step"]}
         summary["seconds_in_this_process"] = round(time.perf_counter() - began, 1)
         files.write_json(run.folder / "summary.json", summary)
+        files.write_json(run.folder / "model.json", goal.trained() | {"keep": run.keep})  # which may be another now
     devices.barrier("the run is written")
     return ended, predictions
 
@@ -144,6 +145,8 @@ def _resume(run: Run, record: dict[str, Any], checkpoints: Checkpoints, phases: 
     saved = checkpoints.run(step)
     progress = Progress(**saved["progress"])
     last = sum(row["phase"] == len(phases) for row in progress.history)
+    if progress.phase + 1 == len(phases) and not (progress.history and progress.history[-1]["step"] == step):
+        last += 1  # an epoch that is under way
     runs.require_same(run.folder, saved["record"], record, last)
     _say(f"{run.folder} holds this run up to step {step} ({len(progress.history)} whole epochs); it goes on from there")
     return progress
@@ -158,7 +161,7 @@ def _train(
     checkpoints: Checkpoints,
     progress: Progress,
 ) -> dict[int, Predictions]:
-    """Trains what is left of every phase; → step → held-out predictions of the epochs that ran in this process."""
+    """Trains what is left of every phase; → step → held-out predictions of this process's best and last epoch."""
     mesh, kept, state, sides = devices.mesh(), {}, None, None
     task, per_epoch = goal.task, inputs[0].steps_per_epoch
     assert task is not None
@@ -189,6 +192,8 @@ def _train(
                 found = fed.evaluate(state.variables(average))
                 row |= {f"{column}_{name}": value for name, value in task.metrics(found).items()}
             assert found is not None
+            for step in set(kept) - {checkpoints.best()}:  # the run ends with the best or the last
+                del kept[step]
             kept[row["step"]] = found
             runs.write_history(run.folder / "history.csv", [*progress.history, row])
             _say(epoch_line(row, task))
@@ -242,7 +247,7 @@ def _pictures(
         dataset,
         task,
         history,
-        lambda index: decode.rgb(dataset.images[index], SHOWN, dataset.names[index]),
+        lambda index: decode.thumbnail(dataset.images[index], SHOWN, dataset.names[index]),
     )
     shown = train.indices[np.linspace(0, len(train.indices) - 1, min(len(train.indices), report.COLUMNS), dtype=int)]
     originals = [

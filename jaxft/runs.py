@@ -170,7 +170,7 @@ def digest(tree: Any) -> str:
         path, leaf = item
         array = np.ascontiguousarray(leaf)
         named = f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode()
-        return hashlib.sha256(named + hashlib.sha256(array.reshape(-1).view(np.uint8)).digest()).digest()
+        return hashlib.sha256(named + hashlib.sha256(array.reshape(-1).view(np.uint8).data).digest()).digest()
 
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     with ThreadPoolExecutor() as pool:  # hashing lets other threads run

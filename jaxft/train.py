@@ -185,13 +185,14 @@ def make_train_step(task: Task, num_outputs: int, prepare: Prepare, start: str |
             score: mean(score_of(logits, labels["target"]), labels),
             "grad_norm": optax.tree.norm(grads),
         }
-        state = state.replace(
+        state = dataclasses.replace(
+            state,
             step=state.step + 1,
             params=masking.merge(trainable, frozen, state.params),
             batch_stats=updated.get("batch_stats", state.batch_stats),
             opt_state=opt_state,
         )
-        return state.replace(average=train_state.averaged(state)), figures
+        return dataclasses.replace(state, average=train_state.averaged(state)), figures
 
     return jax.jit(train_step, donate_argnums=0)
 
@@ -224,11 +225,11 @@ def fit(
     Args:
         state: its buffers are donated.
         train_step: from `make_train_step`, or `several` of it.
-        dispatches: (first step, step after the last) → what the train step takes. It is a pure function of the run's
-            seed; several steps at once end where an epoch does and where the state is saved.
+        dispatches: (first step, step after the last) → what the train step takes, a pure function of the run's seed;
+            several steps at once end where an epoch does and where the state is saved.
         plan: of the phase.
         progress: gets a row for each epoch.
-        checkpoints: where the state is saved: at every epoch's end, every `save_every` steps, and on SIGINT or SIGTERM.
+        checkpoints: of the state, at every epoch's end, every `save_every` steps, and on SIGINT or SIGTERM.
         judge: (state, row) adds the held-out figures to the row of the epoch, and shows it.
 
     Returns:
@@ -257,7 +258,8 @@ def fit(
         while not plan.over(progress.history):
             dispatch = next(stream)
             batch = devices.shard(dispatch.batch, plan.mesh, stacked=dispatch.stacked)
-            if dispatch.steps in seen:
+            timed = dispatch.steps in seen
+            if timed:
                 meter.resume()
                 state, figures = train_step(state, batch)
                 meter.timed(dispatch.steps)
@@ -268,7 +270,7 @@ def fit(
                 state, figures = _compiled(train_step, state, batch, plan.batch_size)
                 seen.add(dispatch.steps)
             pending, step = figures, step + dispatch.steps
-            advance(dispatch.steps, _note(plan, step, first, meter))
+            advance(dispatch.steps, _note(plan, step, first, meter), timed=timed)
             ends_epoch = step % plan.steps_per_epoch == 0
             stops = devices.any_process(bool(stop))
             if not (stops or ends_epoch or (plan.save_every and step % plan.save_every == 0)):
@@ -280,8 +282,8 @@ def fit(
                 meter = Meter()
                 judge(state, row)
                 progress.history.append(row)
-                scale = np.float32(plan.lr_scale(progress.history))
-                state = state.replace(lr_scale=devices.replicate(jnp.asarray(scale), plan.mesh))
+                scale = jnp.asarray(plan.lr_scale(progress.history), jnp.float32)
+                state = dataclasses.replace(state, lr_scale=devices.replicate(scale, plan.mesh))
             progress.sums = meter.sums
             checkpoints.save(state, dataclasses.asdict(progress), row[plan.monitor] if ends_epoch else None, plan.best)
             if stops:
@@ -292,6 +294,11 @@ def fit(
             name = signal.Signals(stop[0]).name if stop else "a signal to another process"
             raise Stopped(f"stopped by {name}; step {step} is saved", stop[0] if stop else signal.SIGTERM)
     return state
+
+
+def _stopped(stop: list[int], step: int) -> Stopped:
+    name = signal.Signals(stop[0]).name if stop else "a signal to another process"
+    return Stopped(f"stopped by {name}; step {step} is saved", stop[0] if stop else signal.SIGTERM)
 
 
 def _compiled(train_step: TrainStep, state: TrainState, batch: Batch, batch_size: int) -> Any:

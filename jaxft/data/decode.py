@@ -49,6 +49,21 @@ def rgb(image: bytes | np.ndarray, size: tuple[int, int], name: str, *, scaled: 
     return _resize(Image.fromarray(pixels), size)
 
 
+def thumbnail(image: bytes | np.ndarray, side: int, name: str) -> np.ndarray:
+    """The image in its own proportions, its longer side at most `side` pixels: uint8 [H, W, 3].
+
+    Raises:
+        ValueError: as `rgb`.
+    """
+    if isinstance(image, np.ndarray):
+        height, width = image.shape[:2]
+    else:
+        with _open(image, name) as opened:
+            height, width = opened.height, opened.width
+    scale = min(1.0, side / max(height, width))
+    return rgb(image, (max(1, round(height * scale)), max(1, round(width * scale))), name)
+
+
 def jpeg_size(data: bytes, name: str) -> tuple[int, int]:
     """(height, width) of a JPEG by its header alone, in microseconds.
 
