@@ -4,17 +4,12 @@ python -m jaxft.port_weights vgg16 FILE [--out DIR] [--to-keras FILE]
 """
 
 import dataclasses
-import fnmatch
-import functools
-import itertools
 import os
-import re
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,11 +17,22 @@ import tyro
 
 from jaxft import files, nets
 from jaxft.keras_files import AUTOMATIC, KerasFile, Layer, Tensor, kind, read, write
+from jaxft.keras_match import (
+    Shapes,
+    by_name,
+    ends_of,
+    expect,
+    in_order,
+    keras_order,
+    last_layers,
+    match_layer,
+    matches,
+    shapes_of,
+)
 
 __all__ = ["ORDERS", "Report", "load", "read", "save"]
 
 Variables = dict[str, dict[str, dict[str, np.ndarray]]]
-Shapes = dict[str, dict[str, tuple[int, ...]]]
 
 # Word → (kernels are stored (out, in, h, w), taps are rotated by 180°). The official files' names say the same.
 ORDERS = {
@@ -34,23 +40,6 @@ ORDERS = {
     "th": (True, True),  # *_th_dim_ordering_th_kernels
     "th-tf-kernels": (True, False),  # *_th_dim_ordering_tf_kernels
     "tf-th-kernels": (False, True),  # *_tf_dim_ordering_th_kernels
-}
-
-# A layer's leaves in the order in which Keras lists its arrays.
-LEAVES = ("kernel", "scale", "bias", "mean", "var")
-
-# Keras's field, of any generation → Flax's leaf.
-FIELDS = {
-    "kernel": "kernel",
-    "W": "kernel",
-    "gamma": "scale",
-    "beta": "bias",
-    "bias": "bias",
-    "b": "bias",
-    "moving_mean": "mean",
-    "running_mean": "mean",
-    "moving_variance": "var",
-    "running_std": "var",  # a variance from Keras 1.0.7 on, whatever its name
 }
 
 # What is written back, where a kernel or a scale says what the layer is: Flax's leaf → Keras's field.
@@ -155,11 +144,11 @@ def load(
     if order != "auto" and order not in ORDERS:
         raise ValueError(f"order={order!r} is not auto or one of {', '.join(ORDERS)}")
     net = nets.create(name, num_classes, **options)
-    expected = _expect(name, net)
+    expected = expect(name, net)
     with read(path) as file:
-        ignored = [layer for layer in file.layers if _matches(layer, ignore)]
+        ignored = [layer for layer in file.layers if matches(layer, ignore)]
         file = dataclasses.replace(file, layers=tuple(layer for layer in file.layers if layer not in ignored))
-        found = _by_name(name, expected, file, cut=any(layer.kind == "dense" for layer in ignored))
+        found = by_name(name, expected, file, cut=any(layer.kind == "dense" for layer in ignored))
         word, decided_by = _order(name, file, found, expected, order)
         plan = _plan(name, net, expected, found, stored_out_in=ORDERS[word][0])
         if plan.problems:
@@ -205,7 +194,7 @@ def save(name: str, variables: Mapping[str, Any], path: str | os.PathLike[str], 
         OSError: the file cannot be written; what was there before is left.
     """
     head = variables["params"].get(nets.spec(name).head)
-    expected = _expect(name, nets.create(name, None if head is None else len(head["bias"]), **options))
+    expected = expect(name, nets.create(name, None if head is None else len(head["bias"]), **options))
     stored = {
         layer: {**leaves, **variables.get("batch_stats", {}).get(layer, {})}
         for layer, leaves in variables["params"].items()
@@ -225,191 +214,6 @@ def save(name: str, variables: Mapping[str, Any], path: str | os.PathLike[str], 
     write(Path(path).expanduser(), layers)
 
 
-def _expect(name: str, net: nn.Module) -> Shapes:
-    """Layer → leaf → shape, in Keras's order of both."""
-    images = jax.ShapeDtypeStruct((1, *nets.spec(name).native_size, 3), jnp.float32)
-    variables = jax.eval_shape(net.init, jax.random.key(0), images)
-    expected: Shapes = {}
-    for layer in _keras_order(net):
-        leaves = {leaf: found for collection in variables.values() for leaf, found in collection.get(layer, {}).items()}
-        if leaves:
-            expected[layer] = {leaf: leaves[leaf].shape for leaf in LEAVES if leaf in leaves}
-    return expected
-
-
-def _keras_order(net: Any) -> list[str]:
-    """The net's layers as Keras's `model.layers` has them: those of `layers()`, unless the net knows better."""
-    if hasattr(net, "keras_layers"):
-        return list(net.keras_layers())
-    return [layer for layers in net.layers().values() for layer in layers]
-
-
-def _matches(layer: Layer, patterns: Sequence[str]) -> bool:
-    """Whether a pattern fits the layer's name, the end of its name after a /, or its place in a file of Keras 3."""
-    place = layer.tensors[0].name.partition("/vars/")[0]
-    names = {place, *_ends(layer), *(end.replace("/", "_") for end in _ends(layer))}
-    return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in patterns)
-
-
-def _ends(layer: Layer) -> list[str]:
-    """The layer's name, and what is left of it without the names of the models around it."""
-    parts = layer.name.split("/")
-    return ["/".join(parts[first:]) for first in range(len(parts))]
-
-
-def _by_name(name: str, expected: Shapes, file: KerasFile, *, cut: bool = False) -> dict[str, Layer]:
-    """The file's layers by the net's names, as far as they have a place there, else by their own.
-
-    Automatic names count by rank, and so do dense layers with names that the net does not know: they are a head of the
-    user's own. `cut` says that some dense layers were left out.
-    """
-    published = nets.spec(name)
-    whole = nets.create(name, published.num_classes)
-    known = {*_keras_order(whole), *expected}
-    canonical = functools.cache(lambda: _expect(name, whole))
-    found: dict[str, Layer] = {}
-    automatic: dict[str, list[Layer]] = {}
-    strange = []
-    for layer in file.layers:
-        ends = [end.replace("/", "_") for end in _ends(layer)]  # Keras 3 has no / in a name, nor has the net
-        target = next((end for end in (published.aliases.get(end, end) for end in ends) if end in known), None)
-        if AUTOMATIC.fullmatch(ends[-1]):  # never by name: Keras 1 and 2 count from 1, Keras 3 from 0 or any number
-            automatic.setdefault(layer.kind, []).append(layer)
-        elif target is None:
-            strange.append(layer)
-        elif target in found:
-            raise ValueError(f"{file.path} holds two layers called {target}; which one is meant cannot be told")
-        else:
-            found[target] = layer
-    own = [*automatic.pop("dense", ()), *_users(name, expected, found, canonical)]
-    for layer in strange:
-        # A second model of one session: its layers' names have a number more.
-        target = re.sub(r"_\d+$", "", layer.name.rpartition("/")[2])
-        target = published.aliases.get(target, target)
-        if target in known and target not in found:
-            found[target] = layer
-        elif layer.kind == "dense":
-            own.append(layer)
-        else:
-            found[_unused({*found, *known}, layer)] = layer
-    numbered = file.layout in ("keras1", "keras2")  # their order depends on the version, the numbers do not
-    own = _in_order(own, file.layers, numbered)
-    placed = _head(own, found, expected, canonical, _last_layers(name), cut=cut) if own else {}
-    for layer in own:
-        if layer not in placed.values():
-            placed[_unused({*found, *placed, *known}, layer)] = layer
-    for keras_class, layers in automatic.items():
-        found |= _by_rank(keras_class, layers, found, expected, canonical(), numbered)
-    return found | placed
-
-
-def _unused(taken: Collection[str], layer: Layer) -> str:
-    """A name for a layer that has no place in the net: its own, or its place in the file if that is taken."""
-    return layer.name if layer.name not in taken else layer.tensors[0].name
-
-
-def _last_layers(name: str) -> tuple[str, ...]:
-    """The layers that a new task replaces: one, or GoogLeNet's three."""
-    net: Any = nets.create(name, nets.spec(name).num_classes)
-    return net.head_layers()
-
-
-def _users(name: str, expected: Shapes, found: dict[str, Layer], canonical: Callable[[], Shapes]) -> list[Layer]:
-    """Takes dense layers out of `found` that only share a name with a layer of the published head: `fc1` of 256."""
-    spare = [target for target in found if target not in expected and found[target].kind == "dense"]
-    heads = _last_layers(name)
-    strangers = [
-        target
-        for target in spare
-        if target not in heads and found[target].tensors[0].shape != canonical().get(target, {}).get("kernel")
-    ]
-    return [found.pop(target) for target in strangers]
-
-
-def _in_order(own: Sequence[Layer], layers: Sequence[Layer], numbered: bool) -> list[Layer]:
-    """The dense layers as they follow each other in the model."""
-    numbers = {layer: _number(layer) for layer in own}
-    if numbered and None not in numbers.values():
-        return sorted(own, key=lambda layer: numbers[layer] or 0)
-    own = [layer for layer in layers if layer in own]
-    keys = [layer.tensors[0].name.split("/") for layer in own]
-    if numbered or all(len(key) < 3 or AUTOMATIC.fullmatch(key[-3]) for key in keys) or len(own) > 6:
-        return own
-    # A subclassed model keys its layers by its attributes, whose order says nothing; their widths may tell.
-    chains = [list(chain) for chain in itertools.permutations(own) if _is_chain(chain)]
-    return chains[0] if len(chains) == 1 else own
-
-
-def _number(layer: Layer) -> int | None:
-    """The number of an automatic name, 0 where it has none; None for other names."""
-    found = AUTOMATIC.fullmatch(layer.name.rpartition("/")[2])
-    return int(found[1] or 0) if found else None
-
-
-def _is_chain(layers: Sequence[Layer]) -> bool:
-    kernels = [layer.tensors[0].shape for layer in layers]
-    return all(a[-1] == b[0] for a, b in itertools.pairwise(kernels))
-
-
-def _head(
-    own: Sequence[Layer],
-    found: Mapping[str, Layer],
-    expected: Shapes,
-    canonical: Callable[[], Shapes],
-    last: Sequence[str],
-    *,
-    cut: bool,
-) -> dict[str, Layer]:
-    """The net's dense layers that dense layers of the file fill by rank; nothing if they do not fit.
-
-    The last layer may have any shape: it is replaced where its width differs.
-    """
-
-    def free(names: Shapes) -> list[str]:
-        return [
-            layer for layer, leaves in names.items() if kind(list(leaves.values())) == "dense" and layer not in found
-        ]
-
-    def fits(names: Shapes, layers: Sequence[str]) -> bool:
-        return all(
-            layer.tensors[0].shape == names[target]["kernel"] for target, layer in zip(layers, own, strict=False)
-        )
-
-    last = [layer for layer in last if layer not in found]
-    for names in (expected, canonical()):  # the rank counts in the net with the chosen head, or in the published net
-        layers = free(names)
-        if len(layers) == len(own) and fits(names, layers[:-1]):
-            return dict(zip(layers, own, strict=True))
-    layers = free(expected)
-    if cut and len(layers) == len(own) + 1 and layers[-1] in last and fits(expected, layers[:-1]):
-        return dict(zip(layers, own, strict=False))
-    return dict(zip(last, own, strict=True)) if len(own) == len(last) == 1 else {}
-
-
-def _by_rank(
-    keras_class: str,
-    layers: Sequence[Layer],
-    found: Mapping[str, Layer],
-    expected: Shapes,
-    canonical: Shapes,
-    numbered: bool,
-) -> dict[str, Layer]:
-    """Layers of one class with automatic names → the net's layers of that class, if there are as many of them."""
-    if numbered:
-        layers = sorted(layers, key=lambda layer: _number(layer) or 0)
-    for names in (canonical, expected):  # the rank counts in the published net, or in the net with the chosen head
-        free = [
-            layer
-            for layer, leaves in names.items()
-            if kind(list(leaves.values())) == keras_class and layer not in found
-        ]
-        if numbered and all(map(AUTOMATIC.fullmatch, free)):
-            free.sort(key=lambda layer: int(layer.rpartition("_")[2]))
-        if len(free) == len(layers):
-            return dict(zip(free, layers, strict=True))
-    return {layer.name if layer.name not in expected else layer.tensors[0].name: layer for layer in layers}
-
-
 @dataclasses.dataclass(frozen=True)
 class _Plan:
     """What fills which layer of a net; see `Report` for the lists. `problems`: layer → line of an error."""
@@ -421,13 +225,13 @@ class _Plan:
     problems: dict[str, str]
 
 
-def _plan(name: str, net: Any, expected: Shapes, found: Mapping[str, Layer], *, stored_out_in: bool) -> _Plan:
+def _plan(name: str, net: nets.Net, expected: Shapes, found: Mapping[str, Layer], *, stored_out_in: bool) -> _Plan:
     """A head layer is fresh if the file lacks it, and replaced if its width differs; any other mismatch is a problem.
 
     The published head is also replaced where layers before it are new to the net or left out.
     """
     published = nets.spec(name)
-    last = _last_layers(name)
+    last = last_layers(name)
     hidden = [layer for layer in net.head_layers() if layer not in last]
     spare = [layer for layer in found if layer not in expected]
     dropped = [layer for layer in spare if layer in published.classifier]
@@ -435,7 +239,7 @@ def _plan(name: str, net: Any, expected: Shapes, found: Mapping[str, Layer], *, 
     plan = _Plan({}, [], [], dropped, {})
     for layer, leaves in expected.items():
         stored = found.get(layer)
-        matched = _match(layer, stored, leaves, stored_out_in=stored_out_in)
+        matched = match_layer(layer, stored, leaves, stored_out_in=stored_out_in)
         width = stored.tensors[0].shape[-1:] if stored else None
         rebuilt = width == (published.num_classes,) and (dropped or hidden and all_new)
         if isinstance(matched, dict):
@@ -449,7 +253,7 @@ def _plan(name: str, net: Any, expected: Shapes, found: Mapping[str, Layer], *, 
             plan.problems[layer] = matched
     for layer in spare:
         if layer not in dropped:
-            plan.problems[layer] = f"{layer}: the file has {_stored(found[layer])}, the net has no such layer"
+            plan.problems[layer] = f"{layer}: the file has {shapes_of(found[layer])}, the net has no such layer"
     return plan
 
 
@@ -482,40 +286,6 @@ def _order(name: str, file: KerasFile, found: Mapping[str, Layer], expected: Sha
     return next(word for word, what in ORDERS.items() if what == (out_in, rotated)), evidence
 
 
-def _match(
-    name: str, layer: Layer | None, leaves: Mapping[str, tuple[int, ...]], *, stored_out_in: bool
-) -> dict[str, Tensor] | str:
-    """Leaf → tensor, or what is wrong."""
-    wanted = ", ".join(f"{leaf} {'×'.join(map(str, shape))}" for leaf, shape in leaves.items())
-    if layer is None:
-        return f"{name}: the net wants {wanted}, the file has no such layer"
-    fields = [FIELDS.get(_field(tensor.name)) for tensor in layer.tensors]
-    by_field = {str(field): tensor for field, tensor in zip(fields, layer.tensors, strict=True)}
-    if set(by_field) == {*leaves, "scale"} != set(leaves) and np.all(by_field["scale"].read() == 1):
-        del by_field["scale"]  # a gamma that was never trained, as in the first files of Inception-V4
-        layer = Layer(layer.name, tuple(by_field.values()))
-    matched = by_field if set(by_field) == set(leaves) else dict(zip(leaves, layer.tensors, strict=False))
-    shapes = {leaf: tensor.shape for leaf, tensor in matched.items()}
-    if stored_out_in and len(shapes.get("kernel", ())) == 4:
-        o, i, h, w = shapes["kernel"]
-        shapes["kernel"] = (h, w, i, o)
-    if len(layer.tensors) != len(leaves) or shapes != dict(leaves):
-        return f"{name}: the net wants {wanted}, the file has {_stored(layer)}"
-    if quantised := [tensor.dtype for tensor in layer.tensors if tensor.dtype.kind in "iu"]:
-        return f"{name}: the net wants floats, the file has {quantised[0]}; save the model before it is quantised"
-    return matched
-
-
-def _field(stored: str) -> str:
-    """The last part of a stored name: `block1_conv1_W_1:0` → `W`, `conv/kernel:0` → `kernel`."""
-    last = stored.partition(":")[0].rpartition("/")[2]
-    return next((field for field in FIELDS if re.search(rf"(^|_){field}(_\d+)?$", last)), last)
-
-
-def _stored(layer: Layer) -> str:
-    return ", ".join(f"{tensor.name} {'×'.join(map(str, tensor.shape))}" for tensor in layer.tensors)
-
-
 def _explain(
     name: str,
     file: KerasFile,
@@ -530,7 +300,7 @@ def _explain(
     smaller = nets.any_size(name)
     lacking = [layer for layer in plan.problems if layer not in found]
     if lacking and smaller and num_classes is not None:
-        without = _expect(name, nets.create(name, num_classes, **{**options, **smaller}))
+        without = expect(name, nets.create(name, num_classes, **{**options, **smaller}))
         if not set(lacking) & set(without):
             lines.append(
                 f"The file lacks {', '.join(lacking)}; {_say(name, options, smaller)} makes the net without them."
@@ -564,11 +334,11 @@ def _ways_out(
 ) -> list[str]:
     """If the file's head does not fit: the options that take it, and the patterns that leave it out."""
     published = nets.spec(name)
-    backbone = {*_expect(name, nets.create(name, published.num_classes)), *plan.dropped} - {published.head}
+    backbone = {*expect(name, nets.create(name, published.num_classes)), *plan.dropped} - {published.head}
     own = [layer for target, layer in found.items() if layer.kind == "dense" and target not in backbone]
     if not any(layer in own for target, layer in found.items() if target in plan.problems):
         return []
-    own = _in_order(own, file.layers, file.layout in ("keras1", "keras2"))
+    own = in_order(own, file.layers, file.layout in ("keras1", "keras2"))
     others = []  # such as BatchNorm between dense layers
     for keras_class in ("conv2d", "batch_normalization", "scale"):
         spare = [found[target] for target in plan.problems if target in found and found[target].kind == keras_class]
@@ -597,8 +367,8 @@ def _options_for(name: str, own: Sequence[Layer], options: Mapping[str, Any]) ->
     if any(tensor.dtype.kind in "iu" for layer in own for tensor in layer.tensors):
         return None
     for extra in ({}, smaller, larger):
-        net: Any = nets.create(name, last, **{**options, **extra, "hidden": tuple(hidden)})
-        expected = _expect(name, net)
+        net: nets.Net = nets.create(name, last, **{**options, **extra, "hidden": tuple(hidden)})
+        expected = expect(name, net)
         layers = [layer for layer in net.head_layers() if layer not in nets.spec(name).classifier[:-1]]
         if [list(expected[layer].values()) for layer in layers] == stored:
             changed = {field: value for field, value in extra.items() if options.get(field) != value}
@@ -610,9 +380,9 @@ def _fits(other: str, name: str, file: KerasFile) -> bool:
     """Whether the file fills the net called `other`, its head apart. Only nets that it may be of are looked at."""
     row = nets.spec(other)
     net = nets.create(other, row.num_classes)
-    names = {*_keras_order(net), *row.aliases}
+    names = {*keras_order(net), *row.aliases}
     explicit = [
-        [end.replace("/", "_") for end in _ends(layer)]
+        [end.replace("/", "_") for end in ends_of(layer)]
         for layer in file.layers
         if layer.kind != "dense" and not AUTOMATIC.fullmatch(layer.name.rpartition("/")[2])
     ]
@@ -620,13 +390,13 @@ def _fits(other: str, name: str, file: KerasFile) -> bool:
         return False
     if not explicit and type(net) is not type(nets.create(name)):
         return False
-    expected = _expect(other, net)
-    found = _by_name(other, expected, file)
+    expected = expect(other, net)
+    found = by_name(other, expected, file)
     wanted = {layer: leaves for layer, leaves in expected.items() if layer not in row.classifier}
     stored = {layer for layer in found if layer in wanted or found[layer].kind != "dense"} - set(row.classifier)
     return set(wanted) == stored and any(
         all(
-            isinstance(_match(layer, found[layer], leaves, stored_out_in=flip), dict)
+            isinstance(match_layer(layer, found[layer], leaves, stored_out_in=flip), dict)
             for layer, leaves in wanted.items()
         )
         for flip in (False, True)
@@ -677,7 +447,7 @@ def _channels_last(tensor: Tensor, shape: tuple[int, int]) -> np.ndarray:
     return array
 
 
-def _fresh(name: str, net: nn.Module, layers: Collection[str], seed: int) -> dict[str, dict[str, np.ndarray]]:
+def _fresh(name: str, net: nets.Net, layers: Collection[str], seed: int) -> dict[str, dict[str, np.ndarray]]:
     """New random values of some layers, as the net's own `init` with that seed gives them; jit prunes the others."""
     if not layers:
         return {}

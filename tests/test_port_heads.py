@@ -11,7 +11,7 @@ import pytest
 from keras.src.applications.densenet import DenseNet
 from keras.src.applications.resnet import ResNet, stack_residual_blocks_v1
 
-from jaxft import nets, port_weights
+from jaxft import keras_match, nets, port_weights
 from jaxft.nets import vgg
 from tests.reference import googlenet, inception_v4, keras_nets
 
@@ -226,7 +226,7 @@ def stored():
     rng = np.random.default_rng(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vgg, "WIDTHS", (2, 3, 4, 5, 6))
-        expected = port_weights._expect("vgg16", nets.create("vgg16", CLASSES, fc=False, hidden=HIDDEN))
+        expected = keras_match.expect("vgg16", nets.create("vgg16", CLASSES, fc=False, hidden=HIDDEN))
     layers = [
         (name, [rng.normal(size=s).astype(np.float32) for s in leaves.values()]) for name, leaves in expected.items()
     ]
@@ -374,7 +374,7 @@ def test_a_quantised_head_is_refused_by_name(tmp_path, stored):
 
 def test_googlenet_without_auxiliary_heads(tmp_path):
     """Bug: a file without loss1 and loss2 is refused without the option that takes it."""
-    expected = port_weights._expect("googlenet", nets.create("googlenet", CLASSES, auxiliary=False))
+    expected = keras_match.expect("googlenet", nets.create("googlenet", CLASSES, auxiliary=False))
     layers = [(name, [np.ones(s, np.float16) for s in leaves.values()]) for name, leaves in expected.items()]
     path = write.keras_3(tmp_path / "w.weights.h5", layers, with_names=True)
     with pytest.raises(ValueError, match="loss2_fc; auxiliary=False .*--no-auxiliary.* makes the net without them"):

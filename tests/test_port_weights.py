@@ -17,7 +17,7 @@ import keras_layouts as write
 import numpy as np
 import pytest
 
-from jaxft import fetch, keras_files, nets, port_weights
+from jaxft import fetch, keras_files, keras_match, nets, port_weights
 from jaxft.nets import vgg
 
 CLASSES = 12
@@ -39,7 +39,7 @@ def layers():
 def make_layers(name, num_classes=CLASSES, seed=0):
     rng = np.random.default_rng(seed)
     net = nets.create(name, num_classes)
-    expected = port_weights._expect(name, net)
+    expected = keras_match.expect(name, net)
     order = [layer for stage in net.layers().values() for layer in stage]
     draw = {layer: [rng.normal(size=s).astype(np.float32) for s in expected[layer].values()] for layer in expected}
     return [(layer, draw.get(layer, [])) for layer in order]

@@ -145,7 +145,8 @@ def test_imports_run_one_way():
         ("nets", {"flax", "jax", "numpy", "jaxft.kernels", "jaxft.nets"}),
         (
             "port_weights",
-            {"numpy", "h5py", "jax", "tyro", "jaxft.nets", "jaxft.keras_files", "jaxft.fetch", "jaxft.files"},
+            {"numpy", "h5py", "jax", "tyro", "orbax"}
+            | {f"jaxft.{part}" for part in ("nets", "keras_files", "keras_match", "fetch", "files")},
         ),
     ],
 )
