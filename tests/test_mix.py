@@ -28,7 +28,7 @@ def labels():
     return {"target": np.eye(SIZE, dtype=np.float32), "known": known, "weight": np.arange(SIZE, dtype=np.float32)}
 
 
-@pytest.mark.parametrize("step", [Mixup(0.4), Mixup(2.0), CutMix(), CutMix(0.3)], ids=repr)
+@pytest.mark.parametrize("step", [Mixup(0.5), CutMix()], ids=repr)
 @pytest.mark.parametrize("seed", range(6))
 def test_labels_are_mixed_as_the_images(step, seed):
     """Bug: labels go with another partner, or with the share that was drawn instead of the area that was kept."""
@@ -41,13 +41,15 @@ def test_labels_are_mixed_as_the_images(step, seed):
     np.testing.assert_allclose(target.sum(0), 1, rtol=1e-5)  # everyone is partner once
     for name, values in labels().items():
         np.testing.assert_allclose(mixed[name], target @ values, rtol=1e-4, atol=1e-5)
+    known = target[:, 2] == 0  # image 2 is not; a step masks what is below 1, so that rounding may not mask the others
+    assert (np.asarray(mixed["known"])[known] == 1).all()
 
 
 def test_a_cut_is_one_rectangle_of_the_partner():
     """Bug: the rectangle is averaged instead of pasted, or is not the same for rows and columns."""
     kept = []
     for seed in range(40):
-        images, mixed = compiled(CutMix())(jax.random.key(seed), FLAT, {"target": np.eye(SIZE, dtype=np.float32)})
+        images, mixed = compiled(CutMix())(jax.random.key(seed), FLAT, labels())
         images = np.asarray(images)
         assert set(np.unique(images)) <= set(SHADES.tolist())
         changed = images[..., 0] != FLAT[..., 0]
@@ -80,7 +82,7 @@ def test_shares_have_the_distribution_asked_for(alpha):
 @pytest.mark.parametrize("step", [Mixup(0.5), CutMix()], ids=repr)
 def test_keys_decide(step):
     """Bug: every batch is mixed alike, or a resumed run mixes otherwise."""
-    first, again, *others = (compiled(step)(jax.random.key(seed), FLAT, {})[0] for seed in (0, 0, 1, 2, 3, 4, 5))
+    first, again, *others = (compiled(step)(jax.random.key(seed), FLAT, labels())[0] for seed in (0, 0, 1, 2, 3, 4, 5))
     np.testing.assert_array_equal(first, again)
     assert sum(not np.array_equal(first, other) for other in others) >= 4
 

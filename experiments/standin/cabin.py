@@ -142,7 +142,7 @@ def picture(
         label: the class, 0 to 9.
         clip: what a sequence of pictures has in common; give each picture of it a generator in the same state.
         moment: place in the sequence, any number; pictures of near moments are alike.
-        noise: what is this picture's own.
+        noise: decides what differs from picture to picture.
 
     Returns:
         uint8 [480, 640, 3].
