@@ -238,7 +238,7 @@ def device(backend: str) -> tuple[str, Callable[[], Any], Callable[[], int]]:
         if first.platform != "cpu":
             return first.device_kind, lambda: None, lambda: first.memory_stats()["peak_bytes_in_use"]
 
-    return "cpu", lambda: pathlib.Path("/proc/self/clear_refs").write_text("5"), peak_bytes
+    return "cpu", lambda: pathlib.Path("/proc/self/clear_refs").write_text("5", encoding="utf-8"), peak_bytes
 
 
 def versions(side: str, backend: str) -> str:
@@ -259,7 +259,7 @@ def main() -> None:
         "TF_FORCE_GPU_ALLOW_GROWTH": "true",
         "TF_CPP_MIN_LOG_LEVEL": "2",
     }
-    answers = os.fdopen(os.dup(1), "w")
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print is not an answer
     raw = json.loads(input())
     job = Job(**{name: tuple(value) if isinstance(value, list) else value for name, value in raw.items()})

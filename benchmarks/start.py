@@ -106,7 +106,7 @@ def run(side: str, job: Job, programs: pathlib.Path) -> dict[str, float]:
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(programs), "KERAS_BACKEND": "jax"}
     command = [sys.executable, "-m", "benchmarks.start", "--side", side, json.dumps(dataclasses.asdict(job))]
     began = time.monotonic()  # a clock that processes share
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", env=environment, check=True)
     facts = json.loads(done.stdout.splitlines()[-1])
     return {
         "import": facts["imported"] - began,

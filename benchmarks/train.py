@@ -91,7 +91,7 @@ class Side:
         environment = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} | os.environ
         environment |= {"TORCHINDUCTOR_CACHE_DIR": str(pathlib.Path(job.weights).parent / "inductor")}
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8", env=environment
         )
         self.facts = self.ask(json.dumps(dataclasses.asdict(job)))
         self.seconds: list[float] = []
@@ -137,7 +137,7 @@ def measure(settings: Settings, name: str, freeze: str) -> list[dict[str, Any]]:
     step_flops = cost.formula(net, state, size, settings.batch_size)
     lowered_flops = cost.traced_step(net, state, size, settings.batch_size).lower().cost_analysis()["flops"]
     peak_command = [sys.executable, "-m", "benchmarks.flops", settings.dtype]
-    peak_flops = float(subprocess.run(peak_command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    peak_flops = float(subprocess.run(peak_command, check=True, stdout=subprocess.PIPE, encoding="utf-8").stdout)
     sides: dict[str, Side] = {}
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
@@ -201,7 +201,7 @@ def measure(settings: Settings, name: str, freeze: str) -> list[dict[str, Any]]:
 def append(table: pathlib.Path, rows: list[dict[str, Any]]) -> None:
     """Writes the table with `rows` at its end; older rows are blank in columns that came later."""
     if table.exists():
-        with table.open(newline="") as file:
+        with table.open(newline="", encoding="utf-8") as file:
             rows = [*csv.DictReader(file), *rows]
     table.parent.mkdir(exist_ok=True)
     write_csv(table, rows)
@@ -210,7 +210,7 @@ def append(table: pathlib.Path, rows: list[dict[str, Any]]) -> None:
 def draw(table: pathlib.Path) -> None:
     """One panel a machine; for each net and freeze specification, the newest images a second of every side."""
     newest: dict[str, dict[str, dict[str, tuple[float, str]]]] = {}
-    with table.open(newline="") as file:
+    with table.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             case = f"{row['net']} {row['size']} {row['dtype']}\n{row['freeze']}, batch {row['batch']}"
             sides = newest.setdefault(row["hardware"], {}).setdefault(case, {})

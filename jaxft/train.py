@@ -236,10 +236,8 @@ def fit(
         the state after the last step of the phase.
 
     Raises:
-        Diverged: the loss is not finite; the last checkpoint is from before.
+        Diverged, OutOfMemory, CheckpointError: the last checkpoint is from before.
         Stopped: a signal came; the state is saved.
-        OutOfMemory: a step does not fit the device.
-        CheckpointError: a save failed.
     """
     first, step = plan.first_step(progress.history), int(state.step)
     last = first + plan.phase.epochs * plan.steps_per_epoch
@@ -277,15 +275,15 @@ def fit(
                 continue
             settle()
             meter.pause()
+            value = None
             if ends_epoch:
                 row = _row(plan, step, step - 1 - first, state, meter)
                 meter = Meter()
                 judge(state, row)
                 progress.history.append(row)
-                scale = jnp.asarray(plan.lr_scale(progress.history), jnp.float32)
-                state = dataclasses.replace(state, lr_scale=devices.replicate(scale, plan.mesh))
+                value, state = row[plan.monitor], _rescaled(state, plan, progress)
             progress.sums = meter.sums
-            checkpoints.save(state, dataclasses.asdict(progress), row[plan.monitor] if ends_epoch else None, plan.best)
+            checkpoints.save(state, dataclasses.asdict(progress), value, plan.best)
             if stops:
                 break
         checkpoints.wait()
@@ -294,6 +292,11 @@ def fit(
             name = signal.Signals(stop[0]).name if stop else "a signal to another process"
             raise Stopped(f"stopped by {name}; step {step} is saved", stop[0] if stop else signal.SIGTERM)
     return state
+
+
+def _rescaled(state: TrainState, plan: Plan, progress: Progress) -> TrainState:
+    scale = jnp.asarray(plan.lr_scale(progress.history), jnp.float32)
+    return dataclasses.replace(state, lr_scale=devices.replicate(scale, plan.mesh))
 
 
 def _stopped(stop: list[int], step: int) -> Stopped:
