@@ -289,8 +289,7 @@ def fit(
         checkpoints.wait()
         ends = plan.final and plan.over(progress.history)
         if not ends and devices.any_process(bool(stop)):  # it may have come during the last evaluation or save
-            name = signal.Signals(stop[0]).name if stop else "a signal to another process"
-            raise Stopped(f"stopped by {name}; step {step} is saved", stop[0] if stop else signal.SIGTERM)
+            raise _stopped(stop, step)
     return state
 
 
