@@ -47,7 +47,6 @@ def inputs(indices=range(10), data=DATA, **settings) -> Inputs:
         ({"weights": np.array([1.0] * 9 + [np.nan])}, r"weights\[9\] is nan"),
         ({"weights": np.array([1.0] * 9 + [np.inf])}, r"weights\[9\] is inf"),
         ({"weights": np.array(["1"] * 10)}, "weights are <U1"),
-        ({"weights": np.eye(10)[0], "indices": np.arange(1, 5)}, "weights are 0 for all examples"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings, message):

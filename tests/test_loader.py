@@ -224,6 +224,14 @@ def test_weights_and_orders_go_with_their_examples(small):
     np.testing.assert_allclose(batches[1]["weight"], weights[13:7:-1], rtol=1e-6)
 
 
+def test_weights_that_are_all_zero_train_nothing(small):
+    """Bug: a loss divided by weights of 0; or computing features of unweighted examples is refused as well."""
+    settings = inputs(small, range(1, 7), weights=np.eye(20)[0])
+    with pytest.raises(ValueError, match="weights are 0 for all examples of indices"):
+        loader.train_batches(settings, None, seed=0)
+    assert len(list(loader.eval_batches(settings, None))) == 1
+
+
 def test_the_order_within_batches_is_that_of_inputs(small):
     """Bug: the loader shuffles by itself, beside `Inputs.order`."""
     settings = inputs(small, batch_size=10, order=order.balanced)

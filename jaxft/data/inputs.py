@@ -73,7 +73,7 @@ class Inputs:
                     f"views {self.views} with mix: mixed batches are never the same; leave out one of them"
                 )
         if self.weights is not None:
-            object.__setattr__(self, "weights", _checked_weights(self.dataset, self.indices, self.weights))
+            object.__setattr__(self, "weights", _checked_weights(self.dataset, self.weights))
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -172,7 +172,7 @@ def _checked_size(size: object) -> tuple[int, int]:
     return int(size[0]), int(size[1])
 
 
-def _checked_weights(dataset: Dataset, indices: np.ndarray, weights: object) -> np.ndarray:
+def _checked_weights(dataset: Dataset, weights: object) -> np.ndarray:
     given = np.asarray(weights)
     if given.shape != (len(dataset),):
         raise ValueError(
@@ -185,7 +185,5 @@ def _checked_weights(dataset: Dataset, indices: np.ndarray, weights: object) -> 
     if not (np.isfinite(kept) & (kept >= 0)).all():
         place = int(np.flatnonzero(~(np.isfinite(kept) & (kept >= 0)))[0])
         raise ValueError(f"weights[{place}] is {kept[place]}, expected a finite number of at least 0")
-    if not kept[indices].any():
-        raise ValueError("weights are 0 for all examples of indices: nothing would be trained")
     kept.flags.writeable = False
     return kept

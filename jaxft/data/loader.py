@@ -56,13 +56,15 @@ def train_batches(
         An unknown label is 0.
 
     Raises:
-        ValueError: a batch larger than the set, or rows that do not divide by the processes; while iterating, an image
-            that cannot be decoded, by name.
+        ValueError: a batch larger than the set, rows that do not divide by the processes, or weights that are all 0;
+            while iterating, an image that cannot be decoded, by name.
     """
     steps, size = inputs.steps_per_epoch, inputs.batch_size
     rows = _rows(size, process)
     if seed < 0 or start_step < 0 or (num_steps is not None and num_steps < 0):
         raise ValueError(f"seed {seed}, start_step {start_step}, num_steps {num_steps}: none may be negative")
+    if inputs.weights is not None and not inputs.weights[inputs.indices].any():
+        raise ValueError("weights are 0 for all examples of indices: nothing would be trained; give some of them more")
 
     @functools.lru_cache(maxsize=2)  # workers run ahead into the next epoch
     def in_order(epoch: int) -> np.ndarray:
