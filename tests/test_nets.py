@@ -58,8 +58,9 @@ def test_training(name):
 
     state = train_state.create(net, variables, phase.Phase(epochs=1, schedule=optim.Constant(1e-3)))
     uint8 = np.random.default_rng(1).integers(0, 256, images.shape, np.uint8)
+    step = train_step()
     for _ in range(2):
-        state, figures = train_step()(state, batch(uint8))
+        state, figures = step(state, batch(uint8))
     assert np.isfinite(figures["loss"])
     for collection, after in (("params", state.params), ("batch_stats", state.batch_stats)):
         for layer, leaves in variables.get(collection, {}).items():
