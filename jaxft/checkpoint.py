@@ -111,7 +111,7 @@ class Checkpoints:
     def save_variables(self, variables: Arrays, frozen: list[str]) -> None:
         """Writes the variables of a model alone, as step 0; `frozen` names its frozen layers."""
         run = {"format": FORMAT, "record": self.record, "progress": {"frozen": frozen}}
-        variables = {name: jax.tree.map(jnp.asarray, variables[name]) for name in ("params", "batch_stats")}
+        variables = {name: jax.tree.map(jnp.asarray, variables.get(name, {})) for name in ("params", "batch_stats")}
         self._write(0, {"variables": ocp.args.StandardSave(variables)}, run, None)
         self.wait()
 
@@ -176,7 +176,7 @@ class Checkpoints:
             raise CheckpointError(f"{self.folder} holds no checkpoint")
         arrays = _arrays(template)
         metadata = self._manager.item_metadata(step)
-        found = {name: metadata[name].tree for name in arrays if metadata[name] is not None}
+        found = {name: metadata[name].tree for name in arrays if (self.folder / str(step) / name).exists()}
         if lines := differences(_signature(found), _signature(arrays)):
             raise CheckpointError(
                 f"the checkpoint of step {step} in {self.folder} does not fit this net and optimizer "

@@ -205,10 +205,12 @@ def open(
 
     Raises:
         FileNotFoundError: there is no such folder, or no model in it.
-        ValueError: `model.json` is none, or the net is needed and not given.
+        ValueError: `which` is neither, `model.json` is none, or the net is needed and not given.
         CheckpointError: there is no checkpoint, or one of an earlier version.
     """
     folder = pathlib.Path(folder).expanduser()
+    if which not in (None, "best", "last"):
+        raise ValueError(f'which={which!r} of open must be "best", "last", or None for what the run ended with')
     if not (folder / "model.json").is_file():
         raise FileNotFoundError(
             f"{folder} holds no model.json; give the folder of a run that has saved a checkpoint, or of Model.save"
