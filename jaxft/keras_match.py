@@ -101,8 +101,16 @@ def by_name(name: str, expected: Shapes, file: KerasFile, *, cut: bool = False) 
         else:
             found[_unused({*found, *known}, layer)] = layer
     numbered = file.layout in ("keras1", "keras2")  # their order depends on the version, the numbers do not
-    own = in_order(own, file.layers, numbered)
-    placed = _head(own, found, expected, canonical, last_layers(name), cut=cut) if own else {}
+    last = last_layers(name)
+    placed = _head(in_order(own, file.layers, numbered), found, expected, canonical, last, cut=cut)
+    named = [
+        target for target in found if target == published.head or target in expected and target.startswith("hidden")
+    ]
+    if own and named and not placed:  # the user may have called another layer so
+        rest = {target: layer for target, layer in found.items() if target not in named}
+        pool = in_order([*own, *(found[target] for target in named)], file.layers, numbered)
+        if placed := _head(pool, rest, expected, canonical, last, cut=cut):
+            own, found = pool, rest
     for layer in own:
         if layer not in placed.values():
             placed[_unused({*found, *placed, *known}, layer)] = layer
@@ -135,17 +143,28 @@ def _users(name: str, expected: Shapes, found: dict[str, Layer], canonical: Call
 
 
 def in_order(own: Sequence[Layer], layers: Sequence[Layer], numbered: bool) -> list[Layer]:
-    """The dense layers as they follow each other in the model."""
+    """The dense layers `own` as they follow each other in the model.
+
+    Raises:
+        ValueError: the file does not tell.
+    """
     numbers = {layer: _number(layer) for layer in own}
     if numbered and None not in numbers.values():
         return sorted(own, key=lambda layer: numbers[layer] or 0)
     own = [layer for layer in layers if layer in own]
     keys = [layer.tensors[0].name.split("/") for layer in own]
-    if numbered or all(len(key) < 3 or AUTOMATIC.fullmatch(key[-3]) for key in keys) or len(own) > 6:
+    if numbered or all(len(key) < 3 or AUTOMATIC.fullmatch(key[-3]) for key in keys):
         return own
     # A subclassed model keys its layers by its attributes, whose order says nothing; their widths may tell.
-    chains = [list(chain) for chain in itertools.permutations(own) if _is_chain(chain)]
-    return chains[0] if len(chains) == 1 else own
+    chains = [list(chain) for chain in itertools.permutations(own) if _is_chain(chain)] if len(own) < 7 else []
+    if len(chains) > 1 or len(own) > 6:
+        names = tuple(layer.name for layer in own)
+        raise ValueError(
+            f"the order of the dense layers {', '.join(names)} cannot be told: its model is a subclassed one, "
+            f"and several orders fit the widths. Leave them out with ignore={names!r}, or save the model as a "
+            "functional one"
+        )
+    return chains[0] if chains else own
 
 
 def _number(layer: Layer) -> int | None:
@@ -170,7 +189,7 @@ def _head(
 ) -> dict[str, Layer]:
     """The net's dense layers that dense layers of the file fill by rank; nothing if they do not fit.
 
-    The last layer may have any shape: it is replaced where its width differs.
+    One of `last` may have any shape: it is replaced where its width differs.
     """
 
     def free(names: Shapes) -> list[str]:
@@ -180,16 +199,19 @@ def _head(
 
     def fits(names: Shapes, layers: Sequence[str]) -> bool:
         return all(
-            layer.tensors[0].shape == names[target]["kernel"] for target, layer in zip(layers, own, strict=False)
+            target in last or layer.tensors[0].shape == names[target]["kernel"]
+            for target, layer in zip(layers, own, strict=False)
         )
 
+    if not own:
+        return {}
     last = [layer for layer in last if layer not in found]
     for names in (expected, canonical()):  # the rank counts in the net with the chosen head, or in the published net
         layers = free(names)
-        if len(layers) == len(own) and fits(names, layers[:-1]):
+        if len(layers) == len(own) and fits(names, layers):
             return dict(zip(layers, own, strict=True))
     layers = free(expected)
-    if cut and len(layers) == len(own) + 1 and layers[-1] in last and fits(expected, layers[:-1]):
+    if cut and len(layers) == len(own) + 1 and layers[-1] in last and fits(expected, layers):
         return dict(zip(layers, own, strict=False))
     return dict(zip(last, own, strict=True)) if len(own) == len(last) == 1 else {}
 

@@ -62,7 +62,7 @@ class Report:
         file, sha256, layout, container, keras_version, backend: of the file, see `KerasFile`.
         order: a key of `ORDERS`; `decided_by` says on what evidence.
         layers: layer → leaf → {"stored": the file's name for it, "shape": as stored, "dtype": as stored}.
-        names: layer → the file's name for it, where that is a different one.
+        names: layer → the file's name for it, in a file that has names.
         fresh: head layers with new random values; those of `replaced` are in the file with a different width.
         dropped: classifier layers of the file that the chosen head does not have.
         ignored: layers of the file that match `ignore`, by the file's names.
@@ -100,7 +100,8 @@ class Report:
         for layer, leaves in self.layers.items():
             shown = (f"{leaf} {'×'.join(map(str, found['shape']))}" for leaf, found in leaves.items())
             casts = {found["dtype"] for found in leaves.values()} - {"float32"}
-            notes = [f"from {self.names[layer]}"] if layer in self.names else []
+            stored = self.names.get(layer, layer)
+            notes = [f"from {stored}"] if stored.replace("/", "_") != layer else []
             notes += [f"cast from {cast}" for cast in casts]
             lines.append(f"  {layer:<{width}}  {', '.join(shown)}" + (f"  ({'; '.join(notes)})" if notes else ""))
         for what in ("fresh", "replaced", "dropped", "ignored"):
@@ -121,8 +122,9 @@ def load(
 ) -> tuple[Variables, Report]:
     """Fills the net called `name` from a Keras file.
 
-    A file of one's own with dense layers after the backbone fills `hidden` and the last layer by rank, whatever they
-    are called. Where the file has no hidden layers, all of them are fresh.
+    Dense layers after the backbone of a user's own file fill the hidden layers and the last one in their order,
+    whatever they are called. A file does not tell their activation; in the net it is ReLU. Hidden layers that the file
+    lacks altogether are fresh.
 
     Args:
         name: in the zoo.
@@ -152,7 +154,7 @@ def load(
         word, decided_by = _order(name, file, found, expected, order)
         plan = _plan(name, net, expected, found, stored_out_in=ORDERS[word][0])
         if plan.problems:
-            raise ValueError(_explain(name, file, found, plan, num_classes, options))
+            raise ValueError(_explain(name, file, found, plan, {"num_classes": num_classes, **options}))
         variables = _read(plan.filled, *ORDERS[word], nets.spec(name).flattened, file.path)
         variables["params"] |= _fresh(name, net, plan.fresh, seed)
         report = Report(
@@ -172,7 +174,7 @@ def load(
                 }
                 for layer, leaves in plan.filled.items()
             },
-            names={layer: found[layer].name for layer in plan.filled if found[layer].name.replace("/", "_") != layer},
+            names={} if "0.3" in file.layout else {layer: found[layer].name for layer in plan.filled},
             fresh=plan.fresh,
             replaced=plan.replaced,
             dropped=plan.dropped,
@@ -286,21 +288,15 @@ def _order(name: str, file: KerasFile, found: Mapping[str, Layer], expected: Sha
     return next(word for word, what in ORDERS.items() if what == (out_in, rotated)), evidence
 
 
-def _explain(
-    name: str,
-    file: KerasFile,
-    found: Mapping[str, Layer],
-    plan: _Plan,
-    num_classes: int | None,
-    options: Mapping[str, Any],
-) -> str:
+def _explain(name: str, file: KerasFile, found: Mapping[str, Layer], plan: _Plan, options: Mapping[str, Any]) -> str:
+    """What does not fit, and the options that would; `options` are those of the net, `num_classes` included."""
     problems = list(plan.problems.values())
     more = [f"… and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
     lines = [f"{file.path} does not fit {name}:", *(f"  {problem}" for problem in problems[:SHOWN]), *more]
     smaller = nets.any_size(name)
     lacking = [layer for layer in plan.problems if layer not in found]
-    if lacking and smaller and num_classes is not None:
-        without = expect(name, nets.create(name, num_classes, **{**options, **smaller}))
+    if lacking and smaller and options["num_classes"] is not None:
+        without = expect(name, nets.create(name, **{**options, **smaller}))
         if not set(lacking) & set(without):
             lines.append(
                 f"The file lacks {', '.join(lacking)}; {_say(name, options, smaller)} makes the net without them."
@@ -367,12 +363,15 @@ def _options_for(name: str, own: Sequence[Layer], options: Mapping[str, Any]) ->
     if any(tensor.dtype.kind in "iu" for layer in own for tensor in layer.tensors):
         return None
     for extra in ({}, smaller, larger):
-        net: nets.Net = nets.create(name, last, **{**options, **extra, "hidden": tuple(hidden)})
+        chosen = {"hidden": tuple(hidden), "num_classes": last, **extra}
+        net = nets.create(name, **{**options, **chosen})
         expected = expect(name, net)
         layers = [layer for layer in net.head_layers() if layer not in nets.spec(name).classifier[:-1]]
         if [list(expected[layer].values()) for layer in layers] == stored:
-            changed = {field: value for field, value in extra.items() if options.get(field) != value}
-            return _say(name, options, {"hidden": tuple(hidden), "num_classes": last, **changed})
+            usual = {"hidden": (), **dict.fromkeys(smaller, True), **options}
+            changed = {field: value for field, value in chosen.items() if usual.get(field) != value}
+            kept = {field: chosen[field] for field in ("hidden", "num_classes")}
+            return _say(name, options, kept | changed) if changed else None
     return None
 
 
