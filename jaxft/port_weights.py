@@ -332,20 +332,22 @@ def _ways_out(
     published = nets.spec(name)
     backbone = {*expect(name, nets.create(name, published.num_classes)), *plan.dropped} - {published.head}
     own = [layer for target, layer in found.items() if layer.kind == "dense" and target not in backbone]
-    if not any(layer in own for target, layer in found.items() if target in plan.problems):
-        return []
     own = in_order(own, file.layers, file.layout in ("keras1", "keras2"))
-    others = []  # such as BatchNorm between dense layers
+    others, paired = [], 0  # BatchNorm between dense layers, say; automatic names of the backbone that found no place
     for keras_class in ("conv2d", "batch_normalization", "scale"):
         spare = [found[target] for target in plan.problems if target in found and found[target].kind == keras_class]
         lacking = [layer for layer in plan.problems if layer not in found and layer.startswith(keras_class)]
         others += spare[len(lacking) :]
+        paired += 2 * len(lacking)
+    of_head = any(layer in own for target, layer in found.items() if target in plan.problems)
+    if not of_head and not (others and len(plan.problems) == len(others) + paired):
+        return []
     names = [layer.name for layer in file.layers]
     patterns = tuple(
         layer.name if names.count(layer.name) == 1 else layer.tensors[0].name.partition("/vars/")[0]
         for layer in (*own, *others)
     )
-    shown = ", ".join(f"{layer.name} {'→'.join(map(str, layer.tensors[0].shape))}" for layer in own)
+    shown = ", ".join(f"{layer.name} {'→'.join(map(str, layer.tensors[0].shape))}" for layer in (*own, *others))
     words = " ".join(f"'{pattern}'" if " " in pattern else pattern for pattern in patterns)
     fresh = f"ignore={patterns!r} (--ignore {words}) leaves it out for a fresh one"
     taking = None if others else _options_for(name, own, options)

@@ -358,6 +358,7 @@ def test_heads_that_no_net_has(tmp_path, stored):
     write.keras_3(tmp_path / "n.weights.h5", [*base, *head, norm], with_names=True)
     message = refused(tmp_path / "n.weights.h5", hidden=HIDDEN)
     assert "batch_normalization: the file has" in message
+    assert "which vgg16 cannot take: ignore=('dense', " not in message and "'batch_normalization')" in message
     flat = [("dense", [np.ones((6 * 49, 4), np.float32), np.ones(4, np.float32)]), ("dense_1", head[-1][1])]
     path = write.named(tmp_path / "w.h5", base + flat, write.keras_2, attributes=TENSORFLOW)
     message = refused(path, hidden=(4,))
