@@ -11,7 +11,7 @@ import numpy as np
 
 
 def theano(layers, flattened=None):
-    """HWIO kernels → (out, in, h, w), taps rotated; `flattened` = (name, (h, w, c)) of the Dense behind a Flatten."""
+    """HWIO kernels → (out, in, h, w), taps rotated; `flattened` = (name, (h, w, c)) of the Dense after a Flatten."""
     stored = []
     for name, arrays in layers:
         if isinstance(arrays, dict):

@@ -159,7 +159,7 @@ def test_the_net_computes_the_same_from_either_ordering(tmp_path, layers):
 )
 @pytest.mark.parametrize("writer", [write.sequential_03, write.graph_03])
 def test_orderings_by_word(tmp_path, layers, order, change, flattened, writer):
-    """Bug: transposition, rotation and the Dense behind the Flatten are one switch, where files mix them."""
+    """Bug: transposition, rotation and the Dense after the Flatten are one switch, where files mix them."""
     stored = [(name, [change(a) if a.ndim == 4 else a for a in arrays]) for name, arrays in layers]
     if flattened:
         fc1 = dict(write.theano(layers, ("fc1", (7, 7, vgg.WIDTHS[-1]))))["fc1"]
