@@ -90,8 +90,8 @@ def test_the_experiment(served, tmp_path, capsys):
     from experiments import cifar10 as experiment
 
     arguments = ["--net", "googlenet", "--weights", "none", "--image-size", "32", "--epochs", "1", "--batch-size", "8"]
-    experiment.main(tyro.cli(experiment.Settings, args=[*arguments, "--workdir", str(tmp_path / "run")]))
+    tyro.cli(experiment.main, args=[*arguments, "--folder", str(tmp_path / "run")])
     assert "googlenet on CIFAR-10, 32 pixels" in capsys.readouterr().out
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
     assert summary["images"] == {"train": 5 * PER_FILE, "held_out": PER_FILE}
-    assert np.isfinite(summary["log_loss"])
+    assert np.isfinite(summary["metrics"]["loss"])

@@ -11,7 +11,7 @@ import pytest
 import tyro
 
 from experiments import inception_v3_statefarm as experiment
-from jaxft.data import standin
+from experiments import standin
 
 
 @pytest.fixture
@@ -19,11 +19,11 @@ def run(tmp_path, monkeypatch):
     """The experiment on 5 drivers × 10 images of 32 pixels, with further arguments."""
     monkeypatch.setenv("JAXFT_CACHE", str(tmp_path / "cache"))
     folder = standin.render(tmp_path / "drawn", drivers=5, images_per_driver=10, seed=0)
-    fixed = ["--data-dir", str(folder), "--workdir", str(tmp_path / "run"), "--weights", "none", "--image-size", "32"]
+    fixed = ["--data-dir", str(folder), "--folder", str(tmp_path / "run"), "--weights", "none", "--image-size", "32"]
 
     def call(*arguments):
-        experiment.main(tyro.cli(experiment.Settings, args=[*fixed, "--batch-size", "8", "--epochs", "1", *arguments]))
-        return json.loads((tmp_path / "run" / "summary.json").read_text())
+        tyro.cli(experiment.main, args=[*fixed, "--batch-size", "8", "--epochs", "1", *arguments])
+        return json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))
 
     return call
 
@@ -33,9 +33,10 @@ def test_the_second_walk_through_takes_other_nets_and_resumes(run, capsys):
     first = run("--net", "googlenet")
     shown = capsys.readouterr().out
     assert shown.startswith("STAND-IN DATA") and shown.rstrip().splitlines()[-1].startswith("STAND-IN DATA")
-    assert first["images"] == {"train": 40, "held_out": 10} and np.isfinite(first["log_loss"])
-    assert run("--net", "googlenet")["log_loss"] == first["log_loss"]
-    with pytest.raises(ValueError, match="(?s)another configuration.*lr"):
+    assert first["images"] == {"train": 40, "held_out": 10} and np.isfinite(first["metrics"]["loss"])
+    assert run("--net", "googlenet")["metrics"] == first["metrics"]
+    assert "nothing is left to train" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="(?s)other settings.*schedule.lr: 0.001 → 0.5"):
         run("--net", "googlenet", "--lr", "0.5")
 
 
@@ -51,25 +52,31 @@ def test_images_below_the_smallest_size_of_the_net(run):
         run("--net", "inception_v3_v02")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="asks glibc for large pages")
 @pytest.mark.parametrize(
-    "already, starts",
-    [({}, ["", "glibc.malloc.hugetlb=1"]), ({"GLIBC_TUNABLES": "glibc.malloc.check=0"}, ["glibc.malloc.check=0"])],
-    ids=["by default", "unless the user has asked for something"],
+    "name, expected",
+    [
+        ("vgg16_statefarm", ("80", "0.03", "first:10", "stand-in")),
+        ("inception_v3_statefarm", ("299", "inception_v3_v02")),
+        ("cifar10", ("resnet50", "--no-subset")),
+        ("vgg16_elpv", ("300", "--head-epochs")),
+    ],
 )
-def test_a_command_starts_again_once_to_ask_for_large_pages(tmp_path, already, starts):
-    """Bug: the command starts itself forever or never, loses an argument, or overrides the user's own setting."""
-    log = tmp_path / "starts"
-    (tmp_path / "sitecustomize.py").write_text(
-        f"import os\nprint(os.environ.get('GLIBC_TUNABLES', ''), file=open({str(log)!r}, 'a'))\n"
-    )
-    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+def test_help_lists_the_settings_and_their_defaults(name, expected, tmp_path):
+    """Bug: a setting of a value (rate, folder) is no flag; the bare command's defaults are not the stand-in's."""
+    command = [sys.executable, "-m", f"experiments.{name}", "--help"]
+    root = pathlib.Path(__file__).parents[1]
+    environment = os.environ | {"PYTHONPATH": str(root), "COLUMNS": "200"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    for word in (*expected, "--folder", "--seed", "--save-every", "--keep", "--cache-features", "--coordinator"):
+        assert word in done.stdout, word
+
+
+def test_words_that_people_try_are_taken(tmp_path):
+    """Bug: --learning-rate is refused without a word of --lr; --workdir, which old commands have, is lost."""
+    code = "import sys; from jaxft import command\ndef main(lr: float = 0.1, folder: str = ''): print(lr, folder)\n"
+    flags = ["--learning-rate=0.5", "--workdir", "there"]
     done = subprocess.run(
-        [sys.executable, "-u", "-m", "experiments.cifar10", "--help"],
-        env=environment | already | {"PYTHONPATH": str(tmp_path)},
-        cwd=pathlib.Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
+        [sys.executable, "-c", f"{code}command.run(main)", *flags], capture_output=True, encoding="utf-8"
     )
-    assert done.returncode == 0 and "usage: " in done.stdout
-    assert log.read_text().splitlines() == starts
+    assert done.stdout.split() == ["0.5", "there"], done.stderr

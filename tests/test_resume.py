@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxft.data import standin
+from experiments import standin
 
 ROOT = Path(__file__).parent.parent
 SMALL = (
@@ -76,8 +76,8 @@ def test_a_run_that_is_stopped_and_killed_ends_as_one_that_is_not(data, tmp_path
     code, out, err = finish(start(data, parts, environment))
     assert code == 0, err
     assert (parts / "predictions.csv").read_bytes() == (tmp_path / "whole" / "predictions.csv").read_bytes()
-    scores = [json.loads((tmp_path / run / "summary.json").read_text())["log_loss"] for run in ("whole", "parts")]
-    assert scores[0] == scores[1]
+    whole, resumed = (json.loads((tmp_path / run / "summary.json").read_text("utf-8")) for run in ("whole", "parts"))
+    assert whole["metrics"] == resumed["metrics"] and whole["kept"] == resumed["kept"]
 
     code, _, err = finish(start(data, parts, environment, "--batch-size", "8"))
     assert code == 1 and "batch_size: 4 → 8" in err and "Traceback" not in err
