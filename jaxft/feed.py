@@ -126,7 +126,7 @@ def make(
         )
     eval_step, views, cache, at_once = features.eval_step(net, weighted, preprocessing, task), None, None, 1
     if stage is None and inputs.views is None:
-        step = train.make_train_step(task, outputs, _prepare(inputs, preprocessing))
+        step = train.make_train_step(task, outputs, prepare(inputs, preprocessing))
     else:
         # A step is two programs: up to `stage`, and what follows. With views on a net without frozen stages, the first
         # one augments alone.
@@ -166,18 +166,18 @@ def make(
     return Feed(step, dispatches, evaluated, cache)
 
 
-def _prepare(inputs: Inputs, preprocessing: str) -> train.Prepare:
-    """Augmentation, mixing and preprocessing, of whole batches."""
+def prepare(inputs: Inputs, preprocessing: str) -> train.Prepare:
+    """Augmentation, mixing and preprocessing of whole batches, for `train.make_train_step`."""
     normalise = preprocess.get(preprocessing)
 
-    def prepare(key: jax.Array, images: jax.Array, labels: train.Labels) -> tuple[jax.Array, train.Labels]:
+    def prepared(key: jax.Array, images: jax.Array, labels: train.Labels) -> tuple[jax.Array, train.Labels]:
         keys = jax.random.split(key)
         for change, its_key in zip((inputs.augment, inputs.mix), keys, strict=True):
             if change is not None:
                 images, labels = change(its_key, images.astype(jnp.float32), labels)
         return normalise(images), labels
 
-    return prepare
+    return prepared
 
 
 def _stream(side: Side, run: runs.Run, at_once: int, first: int, last: int) -> Iterator[tuple[int, Batch, int]]:

@@ -2,13 +2,19 @@
 
 import dataclasses
 import math
+import pathlib
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft import optim
+from jaxft import devices, feed, masking, optim, report, train, train_state
+from jaxft.data import Inputs, loader
+from jaxft.model import Model
+from jaxft.phase import Phase
+from jaxft.task import Task, check
 from jaxft.train_state import TrainState, copied
 
 SMOOTHING = 0.9  # share of the mean before in the running mean of the losses
@@ -28,6 +34,44 @@ class LrCurve:
     rates: np.ndarray
     losses: np.ndarray
     suggestion: float | None
+
+
+def find(
+    model: Model,
+    task: Task,
+    inputs: Inputs,
+    phase: Phase,
+    *,
+    seed: int = 0,
+    picture: str | pathlib.Path | None = None,
+    **limits: Any,
+) -> LrCurve:
+    """The range test of a phase as `finetune` would train it; the model stays as it is.
+
+    Args:
+        model, task, inputs: as of `finetune.finetune`.
+        phase: its schedules give the ratios of the groups alone.
+        seed: of the order of images, augmentation and dropout.
+        picture: a file for the curve, PNG.
+        limits: `lowest`, `highest` and `steps` of `range_test`.
+
+    Raises:
+        ValueError: as `range_test`, `train_state.create` and `task.check`.
+    """
+    check(task, inputs.dataset, model.net.num_classes)
+    rates = phase.rates(0)
+    ones = {label: optim.Scaled(optim.Constant(1.0), rate / max(rates.values())) for label, rate in rates.items()}
+    phase = dataclasses.replace(phase, schedule=ones if len(ones) > 1 else optim.Constant(1.0))
+    net = model.net.clone(frozen=masking.frozen_layers(model.net, phase.frozen, model.variables["params"]))
+    mesh = devices.mesh()
+    state = devices.replicate(train_state.create(net, model.variables, phase, seed=seed), mesh)
+    step = train.make_train_step(task, len(inputs.dataset.classes), feed.prepare(inputs, model.preprocessing))
+    stream = loader.train_batches(inputs, inputs.dataset.images, seed=seed, process=devices.process())
+    with closing(stream):
+        curve = range_test(state, step, (devices.shard(batch, mesh) for batch in stream), **limits)
+    if picture is not None and devices.is_writer():
+        report.lr_curve(pathlib.Path(picture).expanduser(), curve.rates, curve.losses, curve.suggestion)
+    return curve
 
 
 def range_test(

@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny
 from tiny import Tiny, variables
 
-from jaxft import lr_finder, optim, train_state
+from jaxft import lr_finder, model, optim, task, train_state
+from jaxft.data import Dataset, Inputs
 from jaxft.phase import Phase
 
 ONE = optim.Constant(1.0)
@@ -105,3 +107,20 @@ def test_the_phase_must_leave_the_rate_to_the_test():
             lr_finder.range_test(state_of(schedule), step, noise(), steps=20)
     with pytest.raises(ValueError, match="wants as many batches, not 5; give it more"):
         lr_finder.range_test(state_of(), step, itertools.islice(noise(), 5), steps=20)
+
+
+def test_find_tests_a_phase_as_finetune_would_train_it(tmp_path):
+    """Bug: the model is changed, groups lose their ratios, or the frozen layers are trained."""
+    net = tiny.Tiny()
+    start = model.Model(net, jax.device_get(tiny.variables(net)), "torch")
+    before = jax.tree.map(np.array, start.variables)
+    whole = tiny.batch(0, size=24)
+    names = tuple(f"{i}.png" for i in range(24))
+    bright = Dataset("bright", list(whole["image"]), whole["label"], names, names, ("red", "green", "blue"))
+    schedules = {"trainable": optim.Constant(0.3), "body": optim.Constant(0.1)}
+    phase = Phase(1, schedules, frozen="through:stem", groups={"body": "stage:body"})
+    inputs = Inputs(bright, np.arange(24), (8, 8), 8)
+    curve = lr_finder.find(start, task.classification(), inputs, phase, picture=tmp_path / "lr.png", steps=20)
+    assert len(curve.rates) == len(curve.losses) and np.isfinite(curve.losses).all() and curve.rates[0] == 1e-7
+    assert (tmp_path / "lr.png").read_bytes().startswith(b"\x89PNG")
+    jax.tree.map(np.testing.assert_array_equal, start.variables, before)
