@@ -52,7 +52,9 @@ class Transform:
 
 
 def _scaled(schedule: Schedule, lr_scale: ArrayLike) -> Schedule:
-    return lambda count: schedule(count) * lr_scale
+    # Depends on the count always: XLA takes a constant rate out of the loop over several steps, which then round
+    # otherwise than single ones.
+    return lambda count: jnp.where(count >= 0, schedule(count) * lr_scale, 0.0)
 
 
 @struct.dataclass
