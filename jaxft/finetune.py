@@ -99,11 +99,6 @@ def finetune(
     return ended, predictions
 
 
-def _say(line: str) -> None:
-    if devices.is_writer():
-        print(line, flush=True)
-
-
 def _check(model: Model, task: Task, train: Inputs, held_out: Inputs, phases: Sequence[Phase]) -> list[Any]:
     """The net of each phase, its frozen layers named; refuses what does not fit together before anything is done."""
     for name, value, kind in (
@@ -114,7 +109,7 @@ def _check(model: Model, task: Task, train: Inputs, held_out: Inputs, phases: Se
     ):
         if not isinstance(value, kind):
             raise ValueError(f"{name} is a {type(value).__name__}, expected a {kind.__module__}.{kind.__qualname__}")
-    if not phases or not all(isinstance(phase, Phase) for phase in phases):
+    if not isinstance(phases, Sequence) or not phases or not all(isinstance(phase, Phase) for phase in phases):
         raise ValueError(f"phases={phases!r} must be one Phase or more, in a list")
     for inputs, name in ((train, "train"), (held_out, "held_out")):
         tasks.check(task, inputs.dataset, model.net.num_classes)
@@ -132,7 +127,7 @@ def _check(model: Model, task: Task, train: Inputs, held_out: Inputs, phases: Se
         )
     train.steps_per_epoch  # noqa: B018 - raises for a batch that is larger than the set
     for warning in overlap(train, held_out):
-        _say(f"WARNING: {warning}")
+        devices.say(f"WARNING: {warning}")
     params = model.variables["params"]
     return [model.net.clone(frozen=masking.frozen_layers(model.net, phase.frozen, params)) for phase in phases]
 
@@ -148,7 +143,9 @@ def _resume(run: Run, record: dict[str, Any], checkpoints: Checkpoints, phases: 
     if progress.phase + 1 == len(phases) and not (progress.history and progress.history[-1]["step"] == step):
         last += 1  # an epoch that is under way
     runs.require_same(run.folder, saved["record"], record, last)
-    _say(f"{run.folder} holds this run up to step {step} ({len(progress.history)} whole epochs); it goes on from there")
+    devices.say(
+        f"{run.folder} holds this run up to step {step} ({len(progress.history)} whole epochs); it goes on from there"
+    )
     return progress
 
 
@@ -184,7 +181,7 @@ def _train(
         fed = feed.make(net, goal.preprocessing, task, state, sides, run, epochs, mesh)
         if len(phases) > 1:
             frozen = f"{phase.frozen} frozen, " if net.frozen else ""
-            _say(f"phase {number + 1} of {len(phases)}: {frozen}{phase.epochs} epochs")
+            devices.say(f"phase {number + 1} of {len(phases)}: {frozen}{phase.epochs} epochs")
 
         def judge(state: TrainState, row: dict[str, Any], fed: feed.Feed = fed) -> None:
             found = None
@@ -196,11 +193,11 @@ def _train(
                 del kept[step]
             kept[row["step"]] = found
             runs.write_history(run.folder / "history.csv", [*progress.history, row])
-            _say(epoch_line(row, task))
+            devices.say(epoch_line(row, task))
 
         state = fit(state, fed.train_step, fed.dispatches, plan, progress, checkpoints, judge)
     if state is None:
-        _say(f"nothing is left to train: all {len(progress.history)} epochs are done")
+        devices.say(f"nothing is left to train: all {len(progress.history)} epochs are done")
     return kept
 
 

@@ -176,8 +176,8 @@ def load(
         variables, told = port_weights.load(
             name, weights.path, num_classes=num_classes, order=order, seed=seed, ignore=weights.ignore, **options
         )
-    if report and devices.is_writer():
-        print(told, flush=True)
+    if report:
+        devices.say(told)
     return Model(net, variables, weights.preprocessing, name, weights.record())
 
 
