@@ -52,9 +52,15 @@ class Transform:
 
 
 def _scaled(schedule: Schedule, lr_scale: ArrayLike) -> Schedule:
-    # Depends on the count always: XLA takes a constant rate out of the loop over several steps, which then round
-    # otherwise than single ones.
-    return lambda count: jnp.where(count >= 0, schedule(count) * lr_scale, 0.0)
+    def scaled(count: Any) -> Any:
+        rate = schedule(count)
+        if not isinstance(rate, jax.core.Tracer):
+            # XLA would take a constant rate out of the loop over several steps, which then round otherwise than single
+            # ones; so this one depends on the count, too.
+            rate = jnp.where(count >= 0, rate, 0.0)
+        return rate * lr_scale
+
+    return scaled
 
 
 @struct.dataclass
