@@ -1,118 +1,163 @@
 import csv
+import dataclasses
+import functools
 import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import tiny
 from PIL import Image
+from tiny import cache, kept_programs, no_pictures  # noqa: F401
 
-from jaxft import finetune, optim, train
-from jaxft.checkpoint import CheckpointError
-from jaxft.data import Dataset
+from jaxft import finetune, model, optim, task, train
+from jaxft.checkpoint import CheckpointError, Checkpoints
+from jaxft.data import Inputs, augment, mix, order
+from jaxft.phase import Phase
 
+pytestmark = pytest.mark.usefixtures("kept_programs")
+quick = pytest.mark.usefixtures("no_pictures")
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("JAXFT_CACHE", str(tmp_path_factory.mktemp("cache")))
-
-
-def dataset(n=30):
-    whole = tiny.batch(0, size=n)
-    return Dataset(
-        name="bright channels",
-        images=list(whole["image"]),
-        labels=whole["label"],
-        groups=tuple(f"g{i % 3}" for i in range(n)),
-        names=tuple(f"img_{i}.png" for i in range(n)),
-        classes=("red", "green", "blue"),
-        fingerprint="0" * 64,
-    )
+ONE = Phase(2, optim.InverseTime(0.05, 1e-3))
 
 
-def run(workdir, config=None, data=None, net=None, **changes):
-    net = net or tiny.Tiny()
-    schedule = optim.inverse_time(0.1, 1e-6)
-    settings = dict(
-        workdir=workdir,
-        config=config or {"lr": 0.1, "size": (8, 8)},
-        frozen=frozenset(),
-        preprocessing="torch",
-        augmentation={"rotation": 5.0},
-        tx=optim.nesterov_sgd(schedule),
-        schedule=schedule,
-        epochs=2,
-        batch_size=8,
-        image_size=(8, 8),
-    )
-    data = data or dataset()
-    indices = np.arange(len(data))
-    test = indices[-7:]
-    return finetune.finetune(net, tiny.variables(net), data, indices[:-7], test, **{**settings, **changes})
+def read_json(file):
+    return json.loads(file.read_text(encoding="utf-8"), parse_constant=lambda word: pytest.fail(f"{file} has {word}"))
+
+
+def read_csv(file):
+    return list(csv.DictReader(file.read_text(encoding="utf-8").splitlines()))
+
+
+def require_strict_json(folder):
+    """Every JSON file of a run, those of its checkpoints too; → how many there are."""
+    files = [
+        *folder.glob("*.json"),
+        *folder.glob("checkpoints/*/run/metadata"),
+        *folder.glob("checkpoints/*/metrics/m*"),
+    ]
+    for file in files:
+        read_json(file)
+    return len(files)
 
 
 def test_a_run_leaves_everything_in_its_folder(tmp_path):
     """Bug: a file is missing, a picture cannot be read, or predictions lose or repeat an image."""
-    _, summary = run(tmp_path / "deep" / "workdir")
-    folder = tmp_path / "deep" / "workdir"
+    folder = tmp_path / "deep" / "run"
+    config = {"lr": 0.1, "size": (8, 8)}
+    trained, predictions = tiny.run(folder, config=config, inputs={"augment": augment.Warp(rotation=5.0)})
     for picture in ("learning_curves", "confusion_matrix", "worst_mistakes", "augmentation"):
         assert Image.open(folder / f"{picture}.png").convert("RGB").getextrema() != ((255, 255),) * 3
-    assert json.loads((folder / "config.json").read_text()) == {"lr": 0.1, "size": [8, 8]}
-    assert json.loads((folder / "summary.json").read_text()) == json.loads(json.dumps(summary))
-    history = list(csv.DictReader((folder / "history.csv").read_text().splitlines()))
-    assert [row["epoch"] for row in history] == ["1", "2"] and history[-1]["step"] == "4"
-    rows = list(csv.DictReader((folder / "predictions.csv").read_text().splitlines()))
+    record = read_json(folder / "config.json")
+    assert record["config"] == {"lr": 0.1, "size": [8, 8]} and record["train"]["augment"]["rotation"] == 5.0
+    summary = read_json(folder / "summary.json")
+    assert summary["record"] == {name: record[name] for name in summary["record"]}
+    assert summary["images"] == {"train": 23, "held_out": 7} and summary["steps"] == 4 and summary["epochs"] == 2
+    rows = read_csv(folder / "history.csv")
+    assert [row["epoch"] for row in rows] == ["1", "2"] and rows[-1]["step"] == "4"
+    rows = read_csv(folder / "predictions.csv")
     assert [row["img"] for row in rows] == [f"img_{i}.png" for i in range(23, 30)]
     probabilities = np.array([[float(row[name]) for name in ("red", "green", "blue")] for row in rows])
     np.testing.assert_allclose(probabilities.sum(1), 1, atol=1e-4)
+    np.testing.assert_allclose(probabilities, predictions.outputs, rtol=1e-4)
     right = [row["label"] == ("red", "green", "blue")[p.argmax()] for row, p in zip(rows, probabilities, strict=True)]
-    assert summary["accuracy"] == pytest.approx(np.mean(right))
-    assert not list(folder.glob("*.part"))
+    assert summary["metrics"]["accuracy"] == pytest.approx(np.mean(right))
+    assert not list(folder.rglob("*.part")) and not (folder / "probe").exists()
+    assert trained.task.name == "classification" and trained.classes == tiny.CLASSES
+    assert require_strict_json(folder) >= 5
 
 
-def test_running_again_gives_the_same_result_and_trains_no_more(tmp_path):
-    """Bug: a finished run is trained on, or its summary is lost."""
-    state, summary = run(tmp_path)
-    again, summary_again = run(tmp_path)
-    assert int(again.step) == int(state.step) == 4
-    assert summary_again["log_loss"] == summary["log_loss"]
+@quick
+def test_running_again_gives_the_same_result_and_trains_no_more(tmp_path, capsys):
+    """Bug: a finished run is trained on, its summary is lost, or nothing says that nothing is left to do."""
+    _, predictions = tiny.run(tmp_path / "run")
+    summary, arrays = read_json(tmp_path / "run" / "summary.json"), tiny.saved(tmp_path / "run")
+    capsys.readouterr()
+    _, again = tiny.run(tmp_path / "run")
+    said = capsys.readouterr().out
+    assert "nothing is left to train: all 2 epochs are done" in said and "epoch   1" not in said
+    np.testing.assert_array_equal(again.outputs, predictions.outputs)
+    assert read_json(tmp_path / "run" / "summary.json")["metrics"] == summary["metrics"]
+    tiny.assert_same(tiny.saved(tmp_path / "run"), arrays)
 
 
-@pytest.mark.parametrize("options", [{}, {"views": 2, "cache_features": "on"}], ids=["anew", "cached"])
+@quick
+@pytest.mark.parametrize(
+    "options",
+    [{"inputs": {"augment": tiny.Noise()}}, {"inputs": {"augment": tiny.Noise(), "views": 2}, "cache_features": "on"}],
+    ids=["anew", "cached"],
+)
 def test_images_that_are_held_on_the_device_or_nowhere_train_the_same(tmp_path, monkeypatch, options):
     """Bug: a batch takes other rows from the device, or a full disk changes the result."""
-    net = tiny.Tiny(frozen=frozenset({"conv1", "bn1"}))
-    options = {**options, "net": net, "frozen": net.frozen}
-    losses = []
+    phases = [dataclasses.replace(ONE, frozen="conv1|bn1")]
+    found = []
 
     def once(where):
         monkeypatch.setenv("JAXFT_CACHE", str(tmp_path / where / "cache"))  # no run may read what another has made
-        losses.append(run(tmp_path / where, **options)[1]["log_loss"])
+        found.append(tiny.run(tmp_path / where, phases, **options)[1].outputs)
 
     once("disk")
     with monkeypatch.context() as changed:
-        changed.setattr("jaxft.data.cache.to_device", jax.device_put)
+        changed.setattr("jaxft.data.rows.to_device", jax.device_put)
         once("device")
     monkeypatch.setattr("jaxft.data.loader.decode_once", lambda *args, **options: None)
     once("nowhere")
-    assert losses[0] == losses[1] == losses[2]
+    np.testing.assert_array_equal(found[0], found[1])
+    np.testing.assert_array_equal(found[0], found[2])
 
 
-def test_another_configuration_is_refused_with_its_differences(tmp_path):
-    """Bug: a run goes on under other settings, or its config.json is overwritten."""
-    run(tmp_path)
-    with pytest.raises(ValueError, match=r"lr: 0.1 → 0.2"):
-        run(tmp_path, {"lr": 0.2, "size": (8, 8)})
-    assert json.loads((tmp_path / "config.json").read_text())["lr"] == 0.1
+@quick
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"config": {"lr": 0.2}}, r"config.lr: 0.1 → 0.2"),
+        ({"batch_size": 4}, r"train.batch_size: 8 → 4"),
+        ({"seed": 1}, r"seed: 0 → 1"),
+        ({"phases": [dataclasses.replace(ONE, epochs=1)]}, r"phases.1.epochs: 2 → 1"),
+        ({"phases": [ONE, ONE]}, r"phases.2.epochs: \(absent\) → 2"),
+        ({"start": tiny.model(seed=4)}, r"model.variables: "),
+        ({"data": "another pixel"}, r"train.data.sha256: "),
+    ],
+)
+def test_another_run_in_the_same_folder_is_refused_with_its_differences(folder_of_a_run, changes, message):
+    """Bug: a run goes on under other settings or data, its history counts epochs twice, or config.json is lost."""
+    before = {path.name: path.read_bytes() for path in folder_of_a_run.iterdir() if path.is_file()}
+    if changes.get("data"):
+        data = tiny.dataset()
+        data.images[2][0, 0, 0] ^= 1
+        changes = {"data": data}
+    with pytest.raises(ValueError, match=message):
+        tiny.run(folder_of_a_run, **{"phases": [ONE], "config": {"lr": 0.1}, **changes})
+    assert {path.name: path.read_bytes() for path in folder_of_a_run.iterdir() if path.is_file()} == before
 
 
-def test_a_workdir_that_cannot_be_written_to(tmp_path):
+@pytest.fixture(scope="module")
+def folder_of_a_run(tmp_path_factory):
+    """A finished run of the phase ONE; tests leave it as it is."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(finetune, "_pictures", lambda *args: None)
+        patched.setenv("JAXFT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        tiny.run(folder, [ONE], config={"lr": 0.1})
+    return folder
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path):
     """Bug: the run trains for an hour and fails at its first save, without naming the folder."""
-    (tmp_path / "file").write_text("")
-    for workdir in (tmp_path / "file" / "run", tmp_path / "file"):
-        with pytest.raises(OSError, match=f"the workdir {workdir} cannot be written to"):
-            run(workdir)
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    for folder in (tmp_path / "file" / "run", tmp_path / "file"):
+        with pytest.raises(OSError, match=f"the folder {folder} cannot be written to"):
+            tiny.run(folder)
 
 
 def test_a_full_disk_is_refused_before_training(tmp_path, monkeypatch):
@@ -121,32 +166,95 @@ def test_a_full_disk_is_refused_before_training(tmp_path, monkeypatch):
 
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
-    monkeypatch.setattr(train, "fit", lambda *args, **kwargs: pytest.fail("training began"))
+    monkeypatch.setattr(finetune, "fit", lambda *args: pytest.fail("training began"))
     with pytest.raises(CheckpointError, match="MB free"):
-        run(tmp_path)
-
-
-def test_a_batch_larger_than_the_set(tmp_path):
-    """Bug: an epoch of no steps, which ends at once with a nan; or a folder that is claimed by a run that cannot be."""
-    with pytest.raises(ValueError, match="batch"):
-        run(tmp_path / "w", batch_size=24)
-    assert not (tmp_path / "w").exists()
+        tiny.run(tmp_path / "run")
 
 
 def test_a_corrupt_image_is_named(tmp_path):
     """Bug: a decoder's message from a worker thread, without the file."""
-    data = dataset()
+    data = tiny.dataset()
     data.images[3] = b"\xff\xd8\xff\xe0 not a jpeg"
     with pytest.raises(ValueError, match="img_3.png"):
-        run(tmp_path, data=data)
+        tiny.run(tmp_path / "run", data=data)
 
 
-def test_compute_dtype(monkeypatch):
-    """Bug: bfloat16 on a CPU, where it is emulated, or float32 on a GPU."""
-    for platform, expected in {"cpu": jnp.float32, "gpu": jnp.bfloat16, "tpu": jnp.bfloat16}.items():
-        monkeypatch.setattr(jax, "default_backend", lambda platform=platform: platform)
-        assert finetune.compute_dtype("auto") == expected
-    assert finetune.compute_dtype("float32") == jnp.float32 and finetune.compute_dtype("bfloat16") == jnp.bfloat16
+def never(*_):
+    pytest.fail("a step was taken")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda: {"batch_size": 24}, "batch_size 24"),
+        (
+            lambda: {"start": tiny.model(tiny.Tiny(num_classes=5))},
+            "5 outputs, .* 3 classes; make the net with num_classes=3",
+        ),
+        (lambda: {"goal": task.multilabel()}, "multilabel takes labels of the kind 'labels'"),
+        (lambda: {"data": tiny.dataset(target="values"), "goal": task.classification()}, "use task.regression"),
+        (lambda: {"phases": [Phase(1, optim.Constant(0.1), frozen="conv9")]}, "freeze='conv9' matches no layer"),
+        (lambda: {"phases": []}, "must be one Phase or more"),
+        (lambda: {"phases": ONE}, "must be one Phase or more"),
+        (lambda: {"phases": [0.1]}, "must be one Phase or more"),
+        (lambda: {"goal": task.classification}, "task is a function, expected a jaxft.task.Task"),
+        (lambda: {"start": tiny.Tiny()}, "model is a Tiny, expected a jaxft.model.Model"),
+        (lambda: {"data": tiny.dataset(labels=np.full(30, -1))}, "no label of .* is known"),
+        (
+            lambda: {"data": tiny.dataset(labels=np.array([0] * 23 + [-1] * 7))},
+            "no label of the images of held_out is known",
+        ),
+        (lambda: {"cache_features": "on"}, "cache_features=on needs"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused_before_the_first_step_and_claims_nothing(
+    tmp_path, monkeypatch, change, message
+):
+    """Bug: an IndexError at the first evaluation; or a failed attempt after which the right one is refused."""
+    changes = change()
+    with monkeypatch.context() as patched, pytest.raises(ValueError, match=message):
+        patched.setattr(finetune, "fit", never)
+        if changes.get("phases") is ONE or changes.get("phases") == []:
+            data = tiny.dataset()
+            sides = [Inputs(data, indices, (8, 8), 8) for indices in (np.arange(23), np.arange(23, 30))]
+            finetune.finetune(
+                tiny.model(), task.classification(), *sides, changes["phases"], tiny.Run(tmp_path / "run")
+            )
+        tiny.run(tmp_path / "run", **changes)
+    monkeypatch.setattr(finetune, "fit", lambda *args: (_ for _ in ()).throw(InterruptedError("it may begin")))
+    with pytest.raises(InterruptedError):
+        tiny.run(tmp_path / "run")
+
+
+def test_a_batch_larger_than_the_set_leaves_no_folder(tmp_path):
+    """Bug: a folder that is claimed by a run that cannot be."""
+    with pytest.raises(ValueError, match="batch"):
+        tiny.run(tmp_path / "w", batch_size=24)
+    assert not (tmp_path / "w").exists()
+
+
+def test_training_and_held_out_images_that_overlap(tmp_path, capsys, monkeypatch):
+    """Bug: a run trains on what it is judged by, and scores high."""
+    data = tiny.dataset()
+    sides = [Inputs(data, indices, (8, 8), 4) for indices in (np.arange(23), np.arange(20, 30))]
+    values = (*sides, [ONE], tiny.Run(tmp_path / "run"))
+    with pytest.raises(ValueError, match="3 of the 10 held-out examples are trained on as well: img_20.png"):
+        finetune.finetune(tiny.model(), task.classification(), *values)
+    monkeypatch.setattr(finetune, "fit", lambda *args: (_ for _ in ()).throw(InterruptedError))
+    images = [*data.images[:29], data.images[0]]
+    with pytest.raises(InterruptedError):
+        tiny.run(tmp_path / "doubles", data=tiny.dataset(images=images, groups=("one",) * 30))
+    said = capsys.readouterr().out
+    assert "WARNING: 1 groups are trained on and held out: one" in said
+    assert "WARNING: 1 held-out images equal one that is trained on, byte for byte: img_29.png" in said
+
+
+def test_the_classes_of_both_sides_agree(tmp_path):
+    """Bug: the held-out set names its classes in another order, and every prediction is scored as another class."""
+    one, two = tiny.dataset(), tiny.dataset(classes=("green", "red", "blue"))
+    sides = Inputs(one, np.arange(23), (8, 8), 8), Inputs(two, np.arange(23, 30), (8, 8), 8)
+    with pytest.raises(ValueError, match="the classes of train, red, green, blue, are not those of held_out"):
+        finetune.finetune(tiny.model(), task.classification(), *sides, [ONE], tiny.Run(tmp_path / "run"))
 
 
 def test_compiled_programs_lie_in_the_cache_folder_or_where_jax_was_told(tmp_path, monkeypatch):
@@ -164,3 +272,357 @@ def test_compiled_programs_lie_in_the_cache_folder_or_where_jax_was_told(tmp_pat
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", shortest)
+
+
+@pytest.mark.parametrize("target", ["class", "labels", "values"])
+def test_unknown_labels_enter_nothing(tmp_path, target):
+    """Bug: −1 is learnt, scored, drawn or printed as the last class, in a batch or in a file."""
+    whole = tiny.dataset(target=target)
+    hidden = [1, 5, 24, 27]
+    labels = whole.labels.copy()
+    labels[hidden] = np.nan if target == "values" else -1
+    data = tiny.dataset(target=target, labels=labels)
+    rows = np.delete(np.arange(30), hidden)
+    # Training meets its unknown labels as -1 or not at all: an order that leaves them out gives the same steps.
+    _, predictions = tiny.run(tmp_path / "run", [ONE], data=data)
+    assert predictions.index.tolist() == list(range(23, 30))
+    known = predictions.known.reshape(7, -1)[:, 0]
+    assert known.tolist() == [True, False, True, True, False, True, True]
+    goal = tiny.TASKS[target]()
+    kept = dataclasses.replace(
+        predictions, **{name: getattr(predictions, name)[known] for name in ("index", "label", "known", "outputs")}
+    )
+    summary = read_json(tmp_path / "run" / "summary.json")
+    expected = {name: None if math.isnan(x) else x for name, x in goal.metrics(kept).items()}
+    assert summary["metrics"] == pytest.approx(expected, rel=1e-6)
+    printed = read_csv(tmp_path / "run" / "predictions.csv")
+    columns = ["label"] if target == "class" else [f"label_{name}" for name in tiny.CLASSES]
+    for place, row in enumerate(printed):
+        assert all((row[column] == "") == (not known[place]) for column in columns)
+    pictures = {"class": "confusion_matrix", "labels": "labels", "values": "values"}
+    assert (tmp_path / "run" / f"{pictures[target]}.png").exists()
+    assert (tmp_path / "run" / "worst_mistakes.png").exists()
+    assert len(rows) == 26
+
+
+@quick
+def test_frozen_layers_stay_to_the_bit_though_the_net_was_made_without_them(tmp_path):
+    """Bug: what is frozen is said twice; statistics of layers that the phase freezes move, as the net was not told."""
+    start = tiny.model()
+    trained, _ = tiny.run(tmp_path / "run", [Phase(2, optim.Constant(0.1), frozen="conv1|bn1")], start=start)
+    before, after = tiny.leaves(dict(start.variables)), tiny.leaves(dict(trained.variables))
+    for name in before:
+        assert np.array_equal(before[name], after[name]) == ("1']" in name), name
+    assert trained.net.frozen == {"conv1", "bn1"} and start.net.frozen == frozenset()
+
+
+@quick
+def test_a_model_can_be_used_again_and_again(tmp_path):
+    """Bug: training donates the buffers of the model it was given, or of the one it returned."""
+    variables = jax.tree.map(jax.numpy.asarray, tiny.variables(tiny.Tiny()))  # on the device, as a user may have them
+    first = model.Model(tiny.Tiny(), variables, "torch")
+    once, predictions = tiny.run(tmp_path / "once", [ONE], start=first)
+    on_device = dataclasses.replace(once, variables=jax.tree.map(jax.numpy.asarray, once.variables))
+    second, _ = tiny.run(tmp_path / "second", [ONE], start=on_device)
+    _, again = tiny.run(tmp_path / "again", [ONE], start=first)
+    np.testing.assert_array_equal(again.outputs, predictions.outputs)
+    np.testing.assert_array_equal(once.predict(tiny.dataset(), np.arange(23, 30)).outputs, predictions.outputs)
+    assert (
+        second.task is not None
+        and np.isfinite(tiny.leaves(dict(on_device.variables))["['params']['conv1']['bias']"]).all()
+    )
+
+
+LOSSES = [2.0, 1.0, 3.0, 4.0]
+
+
+@quick
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_a_run_ends_with_the_best_or_the_last_state_by_choice(tmp_path, keep):
+    """Bug: the best checkpoint is kept and read by nobody; the summary does not say which state it is of; or a resumed
+    process, which has no predictions of the best epoch, gives those of the last."""
+    phases = [Phase(4, optim.Constant(0.05))]
+    goal = tiny.scored([*LOSSES, 9.0])
+    trained, predictions = tiny.run(tmp_path / "run", phases, goal=goal, keep=keep)
+    summary = read_json(tmp_path / "run" / "summary.json")
+    epoch = 2 if keep == "best" else 4
+    assert summary["kept"] == {"which": keep, "epoch": epoch, "step": 2 * epoch}
+    assert summary["kept_epoch"]["val_loss"] == LOSSES[epoch - 1] and summary["last_epoch"]["epoch"] == 4
+    accuracies = [float(row["val_accuracy"]) for row in tiny.history(tmp_path / "run")]
+    assert task.classification().metrics(predictions)["accuracy"] == accuracies[epoch - 1]
+    printed = (tmp_path / "run" / "predictions.csv").read_bytes()
+    again, resumed = tiny.run(
+        tmp_path / "run", phases, goal=tiny.scored([9.0]), keep=keep
+    )  # reads them back from the disk
+    np.testing.assert_array_equal(resumed.outputs, predictions.outputs)
+    tiny.assert_same(tiny.leaves(dict(again.variables)), tiny.leaves(dict(trained.variables)))
+    assert (tmp_path / "run" / "predictions.csv").read_bytes() == printed
+    other, others = tiny.run(
+        tmp_path / "run", phases, goal=tiny.scored([9.0]), keep="last" if keep == "best" else "best"
+    )
+    assert not np.array_equal(others.outputs, predictions.outputs)
+    opened = model.open(tmp_path / "run", net=tiny.Tiny())
+    tiny.assert_same(tiny.leaves(dict(opened.variables)), tiny.leaves(dict(other.variables)))
+
+
+@quick
+def test_predictions_of_two_epochs_are_held_at_most(tmp_path, monkeypatch):
+    """Bug: every epoch's predictions stay in memory: of a hundred epochs, a hundred copies."""
+    import gc
+
+    from jaxft.predict import Predictions
+
+    held = []
+
+    def watch(state, plan, counted=finetune.epoch_line):
+        gc.collect()
+        held.append(sum(isinstance(thing, Predictions) for thing in gc.get_objects()))
+        return counted(state, plan)
+
+    monkeypatch.setattr(finetune, "epoch_line", watch)
+    before = sum(isinstance(thing, Predictions) for thing in gc.get_objects())
+    tiny.run(tmp_path / "run", [Phase(6, optim.Constant(0.05))], goal=tiny.scored([3.0, 1.0, 4.0, 5.0, 6.0, 7.0, 0.0]))
+    assert max(held) - before <= 2
+
+
+@quick
+@pytest.mark.parametrize("values", [[math.nan, 1.0, 2.0], [1.0, math.nan, 2.0], [math.nan] * 3], ids=str)
+def test_figures_that_are_no_numbers(tmp_path, values):
+    """Bug: NaN is the best value; it ends the run, or is written as a word that no strict JSON reader takes."""
+    goal = tiny.scored([*values, 0.5])
+    _, predictions = tiny.run(tmp_path / "run", [Phase(3, optim.Plateau(0.05, patience=1), patience=2)], goal=goal)
+    summary = read_json(tmp_path / "run" / "summary.json")
+    best = [place for place, value in enumerate(values, 1) if value == 1.0]
+    assert summary["kept"]["epoch"] == (best or [3])[0] and summary["kept"]["which"] == "best"
+    assert require_strict_json(tmp_path / "run") >= 4
+    losses = [row["val_loss"] for row in tiny.history(tmp_path / "run")]
+    assert losses == ["" if math.isnan(value) else str(value) for value in values]
+    _, again = tiny.run(
+        tmp_path / "run", [Phase(3, optim.Plateau(0.05, patience=1), patience=2)], goal=tiny.scored([0.5])
+    )
+    np.testing.assert_array_equal(again.outputs, predictions.outputs)
+
+
+@quick
+def test_a_phase_that_ends_early_is_followed_by_the_next(tmp_path):
+    """Bug: patience ends the run, or the next phase begins at the step where the first would have ended."""
+    phases = [Phase(9, optim.Constant(0.05), patience=1, frozen="all-but-head"), Phase(2, optim.Constant(0.01))]
+    goal = tiny.scored([3.0, 2.0, 2.5, 1.0, 0.5, 9.0])
+    tiny.run(tmp_path / "run", phases, goal=goal)
+    rows = tiny.history(tmp_path / "run")
+    assert [(row["phase"], row["epoch"], row["step"]) for row in rows] == [
+        ("1", "1", "2"),
+        ("1", "2", "4"),
+        ("1", "3", "6"),
+        ("2", "4", "8"),
+        ("2", "5", "10"),
+    ]
+    assert [row["lr"] for row in rows] == ["0.05"] * 3 + ["0.01"] * 2
+
+
+def plateau_of_optax(schedule):
+    return optax.chain(
+        optax.sgd(schedule), optax.contrib.reduce_on_plateau(factor=0.5, patience=1, accumulation_size=2)
+    )
+
+
+def two(first, second, **inputs):
+    return [first, second], inputs
+
+
+GROUPS, SCHEDULES = optim.by_depth(tiny.Tiny(), optim.Cosine(0.05, total=4, warmup=1), 0.5)
+CASES = {
+    "momentum": two(
+        Phase(2, optim.Constant(0.05), frozen="all-but-head"),
+        Phase(2, optim.InverseTime(0.05, 1e-2), frozen="conv1|bn1", momentum="carry"),
+        augment=tiny.Noise(),
+    ),
+    "average": two(Phase(2, optim.Constant(0.05), average=0.5), Phase(2, optim.Constant(0.02), average=0.8)),
+    "mixup and balanced": two(
+        Phase(2, optim.Constant(0.05), optax.adam),
+        Phase(2, optim.Constant(0.02), optim.AdamW(), momentum="anew"),
+        mix=mix.Mixup(0.4),
+        order=order.balanced,
+        weights=np.linspace(0.5, 1.5, 30),
+    ),
+    "groups": two(
+        Phase(2, SCHEDULES, groups=GROUPS, clip_norm=0.5), Phase(2, SCHEDULES, groups=GROUPS, momentum="carry")
+    ),
+    "plateau": two(
+        Phase(2, optim.Plateau(0.05, factor=0.5, patience=1, min_delta=9.0), patience=5),
+        Phase(2, optim.Plateau(0.05, factor=0.5, patience=1, min_delta=9.0), plateau_of_optax),
+    ),
+    "patience": two(Phase(9, optim.Constant(1e-9), patience=1, frozen="bn1"), Phase(2, optim.Constant(0.05))),
+    "views": two(
+        Phase(2, optim.Constant(0.05), frozen="all-but-head"),
+        Phase(2, optim.Constant(0.05), frozen="conv1|bn1", momentum="carry"),
+        augment=tiny.Noise(),
+        views=2,
+    ),
+    "prodigy": two(Phase(2, optim.Constant(1.0), optax.contrib.prodigy), Phase(2, optim.Constant(0.05))),
+}
+
+
+@functools.cache
+def whole_run(base, case):
+    """A run that nothing interrupts; → its arrays, history and predictions."""
+    return once(base / case, case)
+
+
+def once(folder, case):
+    phases, inputs = CASES[case]
+    trained, predictions = tiny.run(folder, phases, start=tiny.model(tiny.Tiny(dropout=0.3)), inputs=inputs)
+    return tiny.saved(folder), tiny.history(folder), (folder / "predictions.csv").read_bytes(), predictions.outputs
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return tmp_path_factory.mktemp("whole")
+
+
+@quick
+@pytest.mark.parametrize("how", ["in phase 1", "its last step", "its evaluation", "in phase 2", "killed"])
+@pytest.mark.parametrize("case", CASES)
+def test_an_interrupted_run_ends_as_one_that_is_not(tmp_path, base, monkeypatch, case, how):
+    """Bug: anything of a run's state is outside its checkpoint, or is begun anew at a phase's border."""
+    expected = whole_run(base, case)
+    folder = tmp_path / "parts"
+    with monkeypatch.context() as patched:
+        if how == "its evaluation":
+            write = finetune.runs.write_history
+
+            def stopped(file, history):
+                write(file, history)
+                if len(history) == 2:
+                    tiny.stop(signal.SIGINT)
+
+            patched.setattr(finetune.runs, "write_history", stopped)
+        elif how == "killed":
+            patched.setattr(Checkpoints, "close", lambda self: None)  # a killed process closes nothing
+            tiny.at_step(patched, 5, kill)
+        else:
+            tiny.at_step(patched, {"in phase 1": 0, "its last step": 3, "in phase 2": 4}[how], tiny.stop)
+        with pytest.raises(Killed if how == "killed" else train.Stopped):
+            once(folder, case)
+    found = once(folder, case)
+    tiny.assert_same(found[0], expected[0])
+    assert found[1:3] == expected[1:3]
+    np.testing.assert_array_equal(found[3], expected[3])
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill():
+    raise Killed
+
+
+@quick
+@pytest.mark.parametrize("case", ["plateau", "average", "views"])
+def test_a_finished_run_that_is_given_more_epochs_ends_as_one_that_had_them_at_once(tmp_path, monkeypatch, case):
+    """Bug: more epochs are refused, begin from other momenta, or take other batches and views than they would have."""
+    phases, inputs = CASES[case]
+    longer = [phases[0], dataclasses.replace(phases[1], epochs=4)]
+    tiny.run(tmp_path / "parts", phases, inputs=inputs)
+    for folder in ("parts", "whole"):
+        tiny.run(tmp_path / folder, longer, inputs=inputs)
+    tiny.assert_same(tiny.saved(tmp_path / "parts"), tiny.saved(tmp_path / "whole"))
+    assert tiny.history(tmp_path / "parts") == tiny.history(tmp_path / "whole")
+    assert len(tiny.history(tmp_path / "parts")) == 6
+    assert (tmp_path / "parts" / "predictions.csv").read_bytes() == (
+        tmp_path / "whole" / "predictions.csv"
+    ).read_bytes()
+    with pytest.raises(ValueError, match="phases.2.epochs: 4 → 3"):
+        tiny.run(tmp_path / "parts", [phases[0], dataclasses.replace(phases[1], epochs=3)], inputs=inputs)
+
+
+@quick
+def test_fewer_epochs_than_are_begun_are_refused(tmp_path, monkeypatch):
+    """Bug: a run that was stopped in its second epoch is told to have one; its last state is of no epoch at all."""
+    with monkeypatch.context() as patched, pytest.raises(train.Stopped):
+        tiny.at_step(patched, 2, tiny.stop)
+        tiny.run(tmp_path / "run", [ONE], keep="last")
+    with pytest.raises(ValueError, match="phases.1.epochs: 2 → 1"):
+        tiny.run(tmp_path / "run", [dataclasses.replace(ONE, epochs=1)], keep="last")
+
+
+@quick
+def test_training_from_a_thread(tmp_path):
+    """Bug: signal handlers, which only the main thread may set, keep servers and notebooks out."""
+    found = []
+    thread = threading.Thread(target=lambda: found.append(tiny.run(tmp_path / "thread", [ONE])[1].outputs))
+    thread.start()
+    thread.join()
+    np.testing.assert_array_equal(found[0], tiny.run(tmp_path / "main", [ONE])[1].outputs)
+
+
+SCRIPT = """
+    import dataclasses, sys, numpy as np, tiny
+    from jaxft import finetune, optim
+    from jaxft.phase import Phase
+    names = ("größer →", "grün", "blau…")
+    files = tuple(f"straße_{i}_→.png" for i in range(30))
+    data = tiny.dataset(classes=names, names=files, groups=tuple(f"grüppe {i % 2}" for i in range(30)))
+    phases = [Phase(2, optim.Constant(0.05), frozen="conv1|bn1"), Phase(1, optim.Constant(0.05))]
+    if sys.argv[2] == "kill":
+        import os, signal
+        tiny.at_step(__import__("pytest").MonkeyPatch(), 5, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    if sys.argv[2] != "pictures":
+        finetune._pictures = lambda *args: None
+    tiny.run(__import__("pathlib").Path(sys.argv[1]), phases, data=data, config={"title": "naïve → ✓"})
+"""
+
+
+def elsewhere(folder, what, cache_folder, **variables):
+    here = Path(__file__).parent
+    script = folder.parent / "script.py"
+    script.write_text(textwrap.dedent(SCRIPT), encoding="utf-8")
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(here), str(here.parent)]),
+        "JAXFT_CACHE": str(cache_folder),
+    }
+    return subprocess.run(
+        [sys.executable, str(script), str(folder), what],
+        capture_output=True,
+        encoding="utf-8",
+        errors="surrogateescape",
+        env=environment | variables,
+        timeout=300,
+    )
+
+
+def test_another_locale_and_a_kill_in_it(tmp_path):
+    """Bug: a text file of the run is written in the locale's encoding, which has no umlauts and no arrows; or what is
+    printed is; or a process that is killed without a word leaves a run that cannot go on."""
+    ascii_only = {
+        "LC_ALL": "C",
+        "PYTHONUTF8": "0",
+        "PYTHONCOERCECLOCALE": "0",
+        "PYTHONWARNDEFAULTENCODING": "1",
+    }
+    done = elsewhere(tmp_path / "run", "kill", tmp_path / "cache", **ascii_only)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    done = elsewhere(tmp_path / "run", "pictures", tmp_path / "cache", **ascii_only)
+    assert done.returncode == 0, done.stderr
+    assert not re.search(r"^/\S*/jaxft/\S*EncodingWarning|jaxft/\w+(/\w+)?\.py:\d+: EncodingWarning", done.stderr, re.M)
+    rows = read_csv(tmp_path / "run" / "predictions.csv")
+    assert list(rows[0]) == ["img", "label", "größer →", "grün", "blau…"] and rows[0]["img"] == "straße_23_→.png"
+    assert read_json(tmp_path / "run" / "config.json")["config"] == {"title": "naïve → ✓"}
+    opened = model.open(tmp_path / "run", net=tiny.Tiny())
+    assert opened.classes == ("größer →", "grün", "blau…")
+    done = elsewhere(tmp_path / "whole", "whole", tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    tiny.assert_same(tiny.saved(tmp_path / "run"), tiny.saved(tmp_path / "whole"))
+    assert tiny.history(tmp_path / "run") == tiny.history(tmp_path / "whole")
+
+
+@quick
+def test_a_home_folder_as_the_folder_of_a_run(tmp_path, monkeypatch):
+    """Bug: a folder called `~` in the current one."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    tiny.run("~/runs/first", [dataclasses.replace(ONE, epochs=1)])
+    assert (tmp_path / "home" / "runs" / "first" / "summary.json").exists()
+    assert model.open("~/runs/first", net=tiny.Tiny()).classes == tiny.CLASSES
+    assert not (tmp_path / "~").exists()
