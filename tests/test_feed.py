@@ -78,10 +78,10 @@ def test_augmentation_goes_before_mixing_and_both_before_preprocessing():
 
     train, _ = inputs(augment=change("augment"), mix=change("mix"))
     images = jnp.full((4, 8, 8, 3), 200, jnp.uint8)
-    made, labels = feed._prepare(train, "torch")(jax.random.key(0), images, {"known": jnp.ones(4)})
+    made, labels = feed.prepare(train, "torch")(jax.random.key(0), images, {"known": jnp.ones(4)})
     assert [call[:3] for call in calls] == [("augment", jnp.float32, 200.0), ("mix", jnp.float32, 201.0)]
     assert calls[0][3] != calls[1][3]
-    plain, _ = feed._prepare(inputs()[0], "torch")(jax.random.key(0), images + 2, {})
+    plain, _ = feed.prepare(inputs()[0], "torch")(jax.random.key(0), images + 2, {})
     np.testing.assert_allclose(made, plain, rtol=1e-6)
     assert "known" in labels
 

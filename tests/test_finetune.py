@@ -282,8 +282,6 @@ def test_unknown_labels_enter_nothing(tmp_path, target):
     labels = whole.labels.copy()
     labels[hidden] = np.nan if target == "values" else -1
     data = tiny.dataset(target=target, labels=labels)
-    rows = np.delete(np.arange(30), hidden)
-    # Training meets its unknown labels as -1 or not at all: an order that leaves them out gives the same steps.
     _, predictions = tiny.run(tmp_path / "run", [ONE], data=data)
     assert predictions.index.tolist() == list(range(23, 30))
     known = predictions.known.reshape(7, -1)[:, 0]
@@ -302,7 +300,6 @@ def test_unknown_labels_enter_nothing(tmp_path, target):
     pictures = {"class": "confusion_matrix", "labels": "labels", "values": "values"}
     assert (tmp_path / "run" / f"{pictures[target]}.png").exists()
     assert (tmp_path / "run" / "worst_mistakes.png").exists()
-    assert len(rows) == 26
 
 
 @quick
@@ -463,6 +460,15 @@ CASES = {
 }
 
 
+SOME = ("its last step", "killed")
+HOWS = {
+    "momentum": ("in phase 1", "its last step", "its evaluation", "in phase 2", "killed"),
+    "average": ("in phase 1", "its evaluation", "killed"),
+    "plateau": ("its evaluation", "in phase 2", "killed"),
+    "views": ("in phase 1", "its last step", "in phase 2"),
+}
+
+
 @functools.cache
 def whole_run(base, case):
     """A run that nothing interrupts; → its arrays, history and predictions."""
@@ -481,8 +487,7 @@ def base(tmp_path_factory):
 
 
 @quick
-@pytest.mark.parametrize("how", ["in phase 1", "its last step", "its evaluation", "in phase 2", "killed"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "how"), [(case, how) for case in CASES for how in HOWS.get(case, SOME)])
 def test_an_interrupted_run_ends_as_one_that_is_not(tmp_path, base, monkeypatch, case, how):
     """Bug: anything of a run's state is outside its checkpoint, or is begun anew at a phase's border."""
     expected = whole_run(base, case)
