@@ -1,5 +1,6 @@
 """Orbax checkpoints of a run: saved while training goes on, restored strictly."""
 
+import dataclasses
 import math
 import pathlib
 import shutil
@@ -187,7 +188,7 @@ class Checkpoints:
         found = self._manager.restore(step, args=ocp.args.Composite(**items))
         optimizer = found["optimizer"]
         rng = jax.random.wrap_key_data(optimizer.pop("rng"))
-        return template.replace(**optimizer, **found["variables"], average=found.get("average"), rng=rng)
+        return dataclasses.replace(template, **optimizer, **found["variables"], average=found.get("average"), rng=rng)
 
     def variables(self, step: int, average: bool = True) -> Arrays:
         """{"params", "batch_stats"} of the checkpoint of `step`, NumPy arrays; the average ones where there are any.

@@ -159,7 +159,9 @@ def _train(
     progress: Progress,
 ) -> dict[int, Predictions]:
     """Trains what is left of every phase; → step → held-out predictions of this process's best and last epoch."""
-    mesh, kept, state, sides = devices.mesh(), {}, None, None
+    mesh, sides = devices.mesh(), None
+    state: TrainState | None = None
+    kept: dict[int, Predictions] = {}
     task, per_epoch = goal.task, inputs[0].steps_per_epoch
     assert task is not None
     for number, (phase, net) in enumerate(zip(phases, nets, strict=True)):

@@ -177,7 +177,7 @@ def load(
             name, weights.path, num_classes=num_classes, order=order, seed=seed, ignore=weights.ignore, **options
         )
     if report:
-        devices.say(told)
+        devices.say(str(told))
     return Model(net, variables, weights.preprocessing, name, weights.record())
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 from flax.core import FrozenDict
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jaxft import masking
@@ -54,7 +55,7 @@ class Transform:
 def _scaled(schedule: Schedule, lr_scale: ArrayLike) -> Schedule:
     def scaled(count: Any) -> Any:
         rate = schedule(count)
-        if not isinstance(rate, jax.core.Tracer):
+        if not isinstance(rate, Tracer):
             # XLA would take a constant rate out of the loop over several steps, which then round otherwise than single
             # ones; so this one depends on the count, too.
             rate = jnp.where(count >= 0, rate, 0.0)
