@@ -463,8 +463,8 @@ CASES = {
 SOME = ("its last step", "killed")
 HOWS = {
     "momentum": ("in phase 1", "its last step", "its evaluation", "in phase 2", "killed"),
-    "average": ("in phase 1", "its evaluation", "killed"),
-    "plateau": ("its evaluation", "in phase 2", "killed"),
+    "average": ("its evaluation", "killed"),
+    "plateau": ("its evaluation", "in phase 2"),
     "views": ("in phase 1", "its last step", "in phase 2"),
 }
 
@@ -562,20 +562,20 @@ def test_training_from_a_thread(tmp_path):
     np.testing.assert_array_equal(found[0], tiny.run(tmp_path / "main", [ONE])[1].outputs)
 
 
-SCRIPT = """
-    import dataclasses, sys, numpy as np, tiny
-    from jaxft import finetune, optim
-    from jaxft.phase import Phase
+def with_umlauts(folder):
     names = ("größer →", "grün", "blau…")
     files = tuple(f"straße_{i}_→.png" for i in range(30))
     data = tiny.dataset(classes=names, names=files, groups=tuple(f"grüppe {i % 2}" for i in range(30)))
     phases = [Phase(2, optim.Constant(0.05), frozen="conv1|bn1"), Phase(1, optim.Constant(0.05))]
+    tiny.run(folder, phases, data=data, config={"title": "naïve → ✓"})
+
+
+SCRIPT = """
+    import os, pathlib, signal, sys, pytest, test_finetune, tiny
     if sys.argv[2] == "kill":
-        import os, signal
-        tiny.at_step(__import__("pytest").MonkeyPatch(), 5, lambda: os.kill(os.getpid(), signal.SIGKILL))
-    if sys.argv[2] != "pictures":
-        finetune._pictures = lambda *args: None
-    tiny.run(__import__("pathlib").Path(sys.argv[1]), phases, data=data, config={"title": "naïve → ✓"})
+        test_finetune.finetune._pictures = lambda *args: None
+        tiny.at_step(pytest.MonkeyPatch(), 5, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    test_finetune.with_umlauts(pathlib.Path(sys.argv[1]))
 """
 
 
@@ -597,6 +597,7 @@ def elsewhere(folder, what, cache_folder, **variables):
     )
 
 
+@quick
 def test_another_locale_and_a_kill_in_it(tmp_path):
     """Bug: a text file of the run is written in the locale's encoding, which has no umlauts and no arrows; or what is
     printed is; or a process that is killed without a word leaves a run that cannot go on."""
@@ -616,8 +617,7 @@ def test_another_locale_and_a_kill_in_it(tmp_path):
     assert read_json(tmp_path / "run" / "config.json")["config"] == {"title": "naïve → ✓"}
     opened = model.open(tmp_path / "run", net=tiny.Tiny())
     assert opened.classes == ("größer →", "grün", "blau…")
-    done = elsewhere(tmp_path / "whole", "whole", tmp_path / "cache")
-    assert done.returncode == 0, done.stderr
+    with_umlauts(tmp_path / "whole")
     tiny.assert_same(tiny.saved(tmp_path / "run"), tiny.saved(tmp_path / "whole"))
     assert tiny.history(tmp_path / "run") == tiny.history(tmp_path / "whole")
 
