@@ -90,7 +90,7 @@ def _from_launcher(
         detects = "KUBERNETES_SERVICE_HOST" in os.environ and importlib.util.find_spec("kubernetes") is not None
         if detects and found[0] != 1:
             return coordinator, *found, {"cluster_detection_method": None}
-        if (coordinator, processes, process) == (None, None, None):  # the pods of an indexed Job may well be strangers
+        if (coordinator, processes, process) == (None, None, None):  # nothing says that the pods of a Job are one run
             return None, None, None, {}
         return coordinator, *found, {}
     return coordinator, processes, process, {}

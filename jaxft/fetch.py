@@ -79,7 +79,7 @@ def file_hash(path: str | os.PathLike[str], kind: str) -> str:
 
 
 def _identity(descriptor: int) -> tuple[int, int, int, int]:
-    """Of the file itself, so that a renamed file keeps its hash."""
+    """What the file is, whatever its name, so that a renamed file keeps its hash."""
     stat = os.fstat(descriptor)
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 

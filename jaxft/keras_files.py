@@ -102,13 +102,13 @@ class KerasFile:
 
     @property
     def sha256(self) -> str:
-        """Of the whole file, hexadecimal."""
+        """The hash of the whole file, hexadecimal."""
         self.hashing.result()
         return fetch.file_hash(self.path, "sha256")
 
     @property
     def md5(self) -> str:
-        """Of the whole file, hexadecimal; what Keras publishes."""
+        """The hash of the whole file, hexadecimal; Keras publishes it."""
         self.hashing.result()
         return fetch.file_hash(self.path, "md5")
 

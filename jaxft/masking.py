@@ -37,7 +37,7 @@ SPECIFICATIONS = "none, all-but-head, stage:STAGE, through:STAGE, from:STAGE, fi
 
 
 def select(net: Net, spec: str, weighted: Collection[str], setting: str = "layers") -> frozenset[str]:
-    """The names of the layers with weights that a specification means.
+    """The names of the layers with weights that a specification stands for.
 
     Args:
         net: the backbone; its `layers()` give the order of stages and of layers.
@@ -50,11 +50,11 @@ def select(net: Net, spec: str, weighted: Collection[str], setting: str = "layer
         setting: what messages call the specification.
 
     Raises:
-        ValueError: the specification is malformed or means no layer.
+        ValueError: the specification is malformed, or no layer fits it.
     """
     if not isinstance(spec, str):
         raise ValueError(
-            f"{setting}={spec!r} is no specification but a {type(spec).__name__}; to name several layers, write a "
+            f"{setting}={spec!r} is a {type(spec).__name__} and not a specification; to name several layers, write a "
             'regular expression: "conv1|conv2"'
         )
     stages = net.layers()
@@ -68,7 +68,7 @@ def select(net: Net, spec: str, weighted: Collection[str], setting: str = "layer
         chosen = set(ordered) - head
     elif colon and kind in ("stage", "through", "from"):
         if argument not in stages:
-            raise ValueError(f"{setting}={spec!r} names no stage; the stages are {', '.join(stages)}")
+            raise ValueError(f"{setting}={spec!r} does not name a stage; the stages are {', '.join(stages)}")
         at = names.index(argument)
         part = {"stage": names[at : at + 1], "through": names[: at + 1], "from": names[at:]}[kind]
         chosen = {layer for stage in part for layer in stages[stage]} - (head if kind == "through" else set())
@@ -80,7 +80,7 @@ def select(net: Net, spec: str, weighted: Collection[str], setting: str = "layer
         try:
             pattern = re.compile(spec)
         except re.error as error:
-            raise ValueError(f"{setting}={spec!r} is no regular expression: {error}") from None
+            raise ValueError(f"{setting}={spec!r} is not a regular expression: {error}") from None
         chosen = {layer for layer in weighted if pattern.fullmatch(layer)}
     selected = frozenset(chosen & set(weighted))
     if not selected:
@@ -104,7 +104,7 @@ def grouped(net: Net, groups: Mapping[str, str], weighted: Collection[str]) -> d
     """Layer → label, for the layers of `groups`: label → specification, as in `select`.
 
     Raises:
-        ValueError: a specification is malformed or means no layer, or two groups hold the same layer.
+        ValueError: a specification is malformed, no layer fits it, or two groups hold the same layer.
     """
     found: dict[str, str] = {}
     for label, spec in groups.items():

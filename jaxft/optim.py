@@ -1,11 +1,10 @@
 """Schedules and optimizers, as frozen values: their repr shows every setting, and goes into a run's record.
 
 A schedule takes the count of updates from the start of its phase, beginning at 0, and gives a learning rate. An
-optimizer takes a schedule and gives an optax transform. A function of one's own serves as either.
+optimizer takes a schedule and gives an optax transform. Your own function can take the place of either.
 """
 
 import math
-import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,32 +14,16 @@ import jax.numpy as jnp
 import optax
 
 from jaxft import masking
+from jaxft.checks import check_count, check_real, plain
 
 Schedule = Callable[[Any], Any]  # update count → learning rate
 Optimizer = Callable[[Schedule], optax.GradientTransformation]
 
 
-def check_real(what: str, value: object, fits: Callable[[float], bool], wanted: str) -> None:
-    """Raises ValueError unless `value` is a finite number that `fits`."""
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, numbers.Real)
-        or not math.isfinite(value)
-        or not fits(float(value))
-    ):
-        raise ValueError(f"{what} wants {wanted}, not {value!r}")
-
-
-def check_count(what: str, value: object, lowest: int) -> None:
-    """Raises ValueError unless `value` is an integer of at least `lowest`."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or int(value) < lowest:
-        raise ValueError(f"{what} wants an integer of at least {lowest}, not {value!r}")
-
-
 def check_schedule(what: str, schedule: object) -> None:
     """Raises ValueError unless `schedule` is a function; for a number the message says which one to write."""
-    if isinstance(schedule, numbers.Real):
-        raise ValueError(f"{what} wants a schedule, not the number {schedule!r}; say optim.Constant({schedule!r})")
+    if (number := plain(schedule)) is not None:
+        raise ValueError(f"{what} wants a schedule, not the number {number}; say optim.Constant({number})")
     if not callable(schedule) or isinstance(schedule, type):
         raise ValueError(f"{what} wants a function of the update count, optim.Constant(0.001) say, not {schedule!r}")
 
@@ -203,7 +186,7 @@ class Plateau:
     def scale(self, values: Sequence[float], best: Literal["lowest", "highest"] = "lowest") -> float:
         """The factor on `lr` after epochs with these monitored values: a pure function, so that resuming is exact.
 
-        NaN is no improvement.
+        NaN does not count as an improvement.
         """
         if best not in ("lowest", "highest"):
             raise ValueError(f'best wants "lowest" or "highest", not {best!r}')
@@ -259,7 +242,7 @@ def _l2(l2: float) -> optax.GradientTransformation:
 class NesterovSGD:
     """SGD with nesterov momentum, v ← μv − lr_t·g and p ← p + μv − lr_t·g, as Keras computes it.
 
-    The rate is inside the momentum buffer, where `SGD(nesterov=True)` keeps it outside: the two part as soon as the
+    The rate is inside the momentum buffer, where `SGD(nesterov=True)` keeps it outside: the two differ as soon as the
     rate changes. `l2` is λ of Keras's `l2(λ)` on kernels, which adds 2λ·w to their gradient.
     """
 

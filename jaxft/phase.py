@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from jaxft import optim
+from jaxft import checks, optim
 from jaxft.masking import FROZEN, TRAINABLE, Net
 from jaxft.optim import Optimizer, Plateau, Schedule
 
@@ -40,12 +40,15 @@ class Phase:
     momentum: Literal["anew", "carry"] = "anew"
 
     def __post_init__(self) -> None:
-        optim.check_count("epochs of a phase", self.epochs, 1)
+        checks.check_count("epochs of a phase", self.epochs, 1)
         if not callable(self.optimizer):
             raise ValueError(
                 f"optimizer wants a function of a schedule, optax.adam or optim.AdamW() say, not {self.optimizer!r}; "
                 "the rate goes to schedule="
             )
+        if isinstance(self.optimizer, type):
+            name = self.optimizer.__name__
+            raise ValueError(f"optimizer wants a function of a schedule, not the class {name}; say {name}()")
         if not isinstance(self.frozen, str):
             raise ValueError(
                 f"frozen wants a specification, not {self.frozen!r}; a regular expression names several layers: "
@@ -57,12 +60,12 @@ class Phase:
                 object.__setattr__(self, name, dict(getattr(self, name)))
         if self.clip_norm is not None:
             positive = "a finite number above 0, or None, which clips nothing"
-            optim.check_real("clip_norm", self.clip_norm, lambda norm: norm > 0, positive)
+            checks.check_real("clip_norm", self.clip_norm, lambda norm: norm > 0, positive)
         if self.patience is not None:
-            optim.check_count("patience of a phase", self.patience, 1)
+            checks.check_count("patience of a phase", self.patience, 1)
         if self.average is not None:
             decay = "a decay between 0 and 1, 0.999 say, or None for no average"
-            optim.check_real("average", self.average, lambda decay: 0 < decay < 1, decay)
+            checks.check_real("average", self.average, lambda decay: 0 < decay < 1, decay)
         if self.momentum not in ("anew", "carry"):
             raise ValueError(f'momentum of a phase wants "anew" or "carry", not {self.momentum!r}')
 
@@ -85,12 +88,12 @@ class Phase:
             raise ValueError(f"no schedule for {sorted(missing)}: schedule wants one for each label of groups")
         if extra := set(self.schedule) - labels:
             raise ValueError(
-                f"schedules for {sorted(extra, key=str)}, which are no labels; those of this phase are {sorted(labels)}"
+                f"schedules for {sorted(extra, key=str)}, which are not labels of this phase; they are {sorted(labels)}"
             )
         plateaus = {optim.plateau(schedule) for schedule in self.schedule.values()} - {None}
         if len(plateaus) > 1:
             raise ValueError(
-                "a phase has one Plateau, as it scales the rates of all groups alike; write the others as "
+                "a phase has one Plateau, as it scales the rates of all groups by one factor; write the others as "
                 f"optim.Scaled(plateau, factor), not {sorted(map(repr, plateaus))}"
             )
 
@@ -121,11 +124,11 @@ def unfreeze(net: Net, phase: Phase, stages: Sequence[str]) -> tuple[Phase, ...]
     >>> unfreeze(net, Phase(2, optim.Constant(1e-3), momentum="carry"), ["block5", "block4"])  # head, then 5, then 4
 
     Raises:
-        ValueError: a name is no stage, or not of a stage before the one named before it.
+        ValueError: a name is not that of a stage, or the names do not go from the last stage to the first.
     """
     order = list(net.layers())
     if unknown := [stage for stage in stages if stage not in order]:
-        raise ValueError(f"unfreeze names no stages: {unknown}; the stages are {', '.join(order)}")
+        raise ValueError(f"unfreeze names {unknown}, which are not stages; the stages are {', '.join(order)}")
     depths = [order.index(stage) for stage in stages]
     if sorted(set(depths), reverse=True) != depths:
         raise ValueError(f"unfreeze wants stages from the last to the first, not {list(stages)}")

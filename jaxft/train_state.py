@@ -56,8 +56,8 @@ def _scaled(schedule: Schedule, lr_scale: ArrayLike) -> Schedule:
     def scaled(count: Any) -> Any:
         rate = schedule(count)
         if not isinstance(rate, Tracer):
-            # XLA would take a constant rate out of the loop over several steps, which then round otherwise than single
-            # ones; so this one depends on the count, too.
+            # XLA would take a constant rate out of the loop over several steps, and these would round differently from
+            # single ones; so this one depends on the count, too.
             rate = jnp.where(count >= 0, rate, 0.0)
         return rate * lr_scale
 
@@ -121,8 +121,8 @@ def create(net: Net, variables: Mapping[str, Mapping[str, Any]], phase: Phase, *
         seed: of dropout and augmentation.
 
     Raises:
-        ValueError: nothing is left to train, the net is frozen otherwise than the phase says, a group names no layer,
-            or layers have no schedule.
+        ValueError: nothing is left to train, the frozen layers of the net are not the ones of the phase, a group names
+            no layer, or layers have no schedule.
     """
     params, stats = copied(dict(variables["params"])), copied(dict(variables.get("batch_stats", {})))
     tx = _transform(net, params, phase)
@@ -186,7 +186,7 @@ def averaged(state: TrainState) -> dict[str, Params] | None:
 
     average ← average + (1 − d)(value − average) with d = min(decay, (1 + t) / (10 + t)), t the run's count of updates.
     It starts from the values themselves, so it needs no correction of bias; the smaller decays of a run's first updates
-    let it leave the fresh head behind. The average of a value that does not move does not move either.
+    let it forget the random values of a new head. The average of a value that does not move does not move either.
 
     Source: `tf.train.ExponentialMovingAverage` with num_updates.
     """
@@ -229,8 +229,9 @@ def _check_traced(label: str, schedule: Schedule) -> None:
         rate = jax.eval_shape(schedule, jax.ShapeDtypeStruct((), jnp.int32))
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"the schedule of {label!r}, {schedule!r}, fails on a count that is traced by jit: {error}; write "
-            "jnp.where(count < 100, 0.1, 0.01) for 0.1 if count < 100 else 0.01, and use jax.numpy for numpy"
+            f"the schedule of {label!r}, {schedule!r}, fails on a count that is traced by jit: write "
+            "jnp.where(count < 100, 0.1, 0.01) for 0.1 if count < 100 else 0.01, and use jax.numpy for numpy. "
+            f"JAX says: {error}"
         ) from error
     if getattr(rate, "shape", None) != ():
         raise ValueError(f"the schedule of {label!r}, {schedule!r}, gives {rate} and not one number, the rate")
@@ -267,7 +268,7 @@ def _carry(state: TrainState, tx: Transform, fresh: optax.OptState) -> optax.Opt
     def carry(label: str, group: Any) -> Any:
         sources = [str(state.labels[layer]) for layer, now in tx.labels.items() if now == label]
         sources = [source for source in sources if source != FROZEN]
-        own = label if label in sources else next(iter(sources), FROZEN)  # where what belongs to no layer comes from
+        own = label if label in sources else next(iter(sources), FROZEN)  # the source of what belongs to no layer
         counts = _flat(group, lambda node: isinstance(node, SCHEDULE_STATES))
         counts = [path for path, node in counts.items() if isinstance(node, SCHEDULE_STATES)]
 
@@ -289,7 +290,7 @@ def _carry(state: TrainState, tx: Transform, fresh: optax.OptState) -> optax.Opt
     if not carried:
         raise ValueError(
             f'momentum="carry" finds nothing to carry from {state.tx.phase.optimizer!r} to {tx.phase.optimizer!r}: '
-            'they hold nothing alike of a layer that is trainable before and now; say momentum="anew"'
+            'they hold nothing of one kind and shape of a layer that is trainable before and now; say momentum="anew"'
         )
     return tx.regroup(fresh, groups)
 

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image, ImageEnhance
 from scipy import ndimage
 
+from jaxft.data import augment
 from jaxft.data.augment import Blur, Chain, ColorJitter, Erase, Warp, one_by_one
 from jaxft.data.mix import CutMix, Mixup
 
@@ -41,6 +42,10 @@ def applied(step, images, seed=0):
     out, labels = compiled(step)(jax.random.key(seed), images, LABELS)
     jax.tree.map(np.testing.assert_array_equal, labels, LABELS)
     return np.asarray(out)
+
+
+def singly(change, key, images, labels):
+    return one_by_one(change, jax.random.split(key, len(images)), images, labels)
 
 
 def key_of(image: int, seed: int = 0) -> jax.Array:
@@ -270,8 +275,24 @@ def test_a_chain_goes_in_order_under_different_keys():
     np.testing.assert_array_equal(out, IMAGES.astype(np.float32) * 2 + 1)
     assert labels["seen"] != labels["then"]
     twice = Chain((Warp(shift=0.2), Warp(shift=0.2)))
-    out, _ = Chain([Mixup(0.5), twice])(jax.random.key(0), jnp.asarray(IMAGES), LABELS)
+    out, _ = Chain([Warp(), twice])(jax.random.key(0), jnp.asarray(IMAGES), LABELS)
     assert out.shape == IMAGES.shape
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda key, images: images, "does not take three arguments"),
+        (lambda key, images, labels: images, "returns a .* alone: expected a function"),
+        (lambda key, images, labels: (images, labels, key), "returns 3 values: expected a function"),
+        (lambda key, images, labels: None, "returns a NoneType alone"),
+    ],
+)
+@pytest.mark.parametrize("way", [augment.applied, lambda change, *args: Chain((change,))(*args), singly])
+def test_functions_of_another_signature_are_refused(way, change, message):
+    """Bug: Python's own error for a forgotten argument, or the first image is taken for all images of a batch of 2."""
+    with pytest.raises(ValueError, match=rf"{message}.*\(key, images, labels\) that returns \(images, labels\)"):
+        way(change, jax.random.key(0), jnp.zeros((2, 4, 4, 3)), {})
 
 
 @pytest.mark.parametrize(
@@ -298,6 +319,7 @@ def test_a_chain_goes_in_order_under_different_keys():
         (lambda: Erase(aspect=0.5), "Erase: aspect 0.5, expected a ratio of sides of 1 to 100"),
         (lambda: Chain(()), r"Chain: steps \(\), expected functions"),
         (lambda: Chain((Warp(), 0.5)), "Chain: steps .*expected functions"),
+        (lambda: Chain((Warp(), Chain((CutMix(),)))), r"Chain: CutMix.*take it out, and give it as Inputs\(mix=…\)"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(make, message):

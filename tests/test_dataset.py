@@ -1,6 +1,7 @@
 """What a dataset is: columns that fit, and a fingerprint that nobody hands in."""
 
 import hashlib
+import pathlib
 import subprocess
 import sys
 import threading
@@ -36,7 +37,8 @@ def test_columns_must_be_equally_long():
         ("class", [0, -2, 0, 0], "labels -2 to 0, expected -1"),
         ("class", [[1, 0], [0, 1], [1, 0], [1, 0]], r"labels int64 \[4, 2\] do not fit target 'class'.*argmax"),
         ("class", [0.67, 0.0, 1.0, 0.33], r"labels float64 \[4\] do not fit.*say target='values'"),
-        ("class", [True, False, True, True], r"labels bool \[4\] do not fit"),
+        ("class", [True, False, True, True], r"labels bool \[4\] do not fit.*astype\(np.int32\)"),
+        ("class", [[1.0, 0.0]] * 4, r"labels float64 \[4, 2\] do not fit.*labels.argmax\(1\)"),
         ("class", ["ant", "bee", "ant", "ant"], r"do not fit target 'class'.*give the number of each label"),
         ("labels", [[1, 0], [0, 2], [1, 0], [1, 0]], "labels 0 to 2, expected -1 .unknown. to 1"),
         ("labels", [0, 1, 1, 0], r"labels int64 \[4\] do not fit target 'labels', which takes int \[N, C\]"),
@@ -76,6 +78,8 @@ def test_names_are_distinct():
     ("changes", "message"),
     [
         ({"images": ["a.jpg"] * 4}, r"image a is str 'a.jpg', expected a file's bytes.*read_bytes"),
+        ({"images": [pathlib.Path("a.jpg")] * 4}, r"image a is \w+Path 'a.jpg', expected a file's bytes.*read_bytes"),
+        ({"images": np.array(["a.jpg"] * 4)}, r"image a is str_ 'a.jpg', expected a file's bytes.*read_bytes"),
         ({"classes": "ab"}, "classes must be a tuple of strings, found str"),
         ({"groups": (1, 2, 3, 4)}, "groups must be a tuple of strings, found tuple with 1"),
     ],
@@ -111,7 +115,7 @@ def test_the_fingerprint_is_of_the_contents():
 
 
 def test_digests_are_in_the_order_of_the_images_whatever_the_threads():
-    """Bug: threads that finish early go first, or images are digested anew at each use."""
+    """Bug: threads that finish early go first, all images are read at once, or digested anew at each use."""
 
     class Slow:
         def __init__(self):
@@ -128,23 +132,33 @@ def test_digests_are_in_the_order_of_the_images_whatever_the_threads():
 
     images = Slow()
     data = Dataset("many", images, np.zeros(300, int), ("",) * 300, tuple(map(str, range(300))), ("x",))
-    assert images.asked == 0
+    assert images.asked == 1
     assert data.digests == tuple(hashlib.sha256(str(index).encode()).digest() for index in range(300))
-    assert data.fingerprint and data.digests and images.asked == 300
+    assert data.fingerprint and data.digests and images.asked == 301
 
 
 def test_an_image_of_another_kind_is_named():
-    """Bug: a path among lazily read images ends in hashlib's own error."""
+    """Bug: a path among lazily read images ends in hashlib's own error, or a disk's error in another."""
 
-    class Paths:
+    class Read:
+        def __init__(self, *images):
+            self.images = images
+
         def __len__(self):
             return 4
 
         def __getitem__(self, index, /):
-            return f"/data/{index}.jpg"
+            image = self.images[min(index, len(self.images) - 1)]
+            if isinstance(image, OSError):
+                raise image
+            return image
 
     with pytest.raises(ValueError, match=r"image a is str '/data/0.jpg'"):
-        _ = dataset(images=Paths()).digests
+        dataset(images=Read("/data/0.jpg"))
+    with pytest.raises(ValueError, match=r"image b is str '/data/1.jpg'"):
+        _ = dataset(images=Read(b"0", "/data/1.jpg")).digests
+    with pytest.raises(OSError, match="the disk"):
+        dataset(images=Read(OSError("the disk")))
 
 
 def test_labels_are_a_copy_that_cannot_be_written():

@@ -62,7 +62,7 @@ def test_dropout_comes_before_each_layer_after_the_first_and_before_the_last(nam
     listed = [stage for stage, layers in net.layers().items() if any("dropout" in layer for layer in layers)]
     last = list(net.layers())[-1]
     after_the_first = [f"hidden{i}" for i in range(2, len(hidden) + 1)]
-    assert listed == [*after_the_first, *([last] if hidden or name != "vgg16" else [])]
+    assert listed == [*after_the_first, last]
     out = net.apply(variables, features, start="avg_pool")[1]
     for before, stage in itertools.pairwise(out):
         rngs = {"dropout": jax.random.key(0)}
@@ -135,26 +135,30 @@ def test_a_head_that_cannot_be(name, word, message):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("resnet50", {"head": (32,)}, "resnet50 has no option 'head'.*num_classes, hidden, dropout"),
+        (
+            "resnet50",
+            {"head": (32,)},
+            r"resnet50 has no option 'head'.*say hidden=\(32,\)\. .*num_classes, hidden, dropout",
+        ),
         ("resnet50", {"fc": False}, "resnet50 has no option 'fc'"),
         ("vgg16", {"dropuot": 0.1}, "did you mean 'dropout'"),
-        ("vgg16", {"hidden": [32]}, r"hidden=\[32\] is no tuple of positive integers.*hidden=\(256,\)"),
-        ("vgg16", {"hidden": 32}, "is no tuple"),
-        ("vgg16", {"hidden": (32, 0)}, "is no tuple of positive integers"),
-        ("vgg16", {"hidden": (True,)}, "is no tuple of positive integers"),
-        ("vgg16", {"hidden": (32.0,)}, "is no tuple of positive integers"),
-        ("densenet121", {"dropout": 1.0}, "dropout=1.0 is no rate from 0 to below 1"),
-        ("densenet121", {"dropout": float("nan")}, "is no rate"),
-        ("densenet121", {"dropout": (0.1, 0.1, 0.1)}, "dropout=.* is no rate"),
-        ("googlenet", {"dropout": 0.5}, "dropout=0.5 is no tuple of 3 rates"),
-        ("googlenet", {"dropout": (0.5, 0.5)}, "is no tuple of 3 rates"),
+        ("vgg16", {"hidden": [32]}, r"hidden=\[32\] is not a tuple of positive integers.*hidden=\(256,\)"),
+        ("vgg16", {"hidden": 32}, "is not a tuple"),
+        ("vgg16", {"hidden": (32, 0)}, "is not a tuple of positive integers"),
+        ("vgg16", {"hidden": (True,)}, "is not a tuple of positive integers"),
+        ("vgg16", {"hidden": (32.0,)}, "is not a tuple of positive integers"),
+        ("densenet121", {"dropout": 1.0}, "dropout=1.0 is not a rate from 0 to below 1"),
+        ("densenet121", {"dropout": float("nan")}, "is not a rate"),
+        ("densenet121", {"dropout": (0.1, 0.1, 0.1)}, "dropout=.* is not a rate"),
+        ("googlenet", {"dropout": 0.5}, "dropout=0.5 is not a tuple of 3 rates"),
+        ("googlenet", {"dropout": (0.5, 0.5)}, "is not a tuple of 3 rates"),
         ("inception_v3", {"dtype": jnp.float16}, "float16.*loss scaling.*bfloat16"),
         ("inception_v3", {"dtype": "int8"}, "float32 or bfloat16"),
         ("inception_v3", {"dtype": "half a float"}, "float32 or bfloat16"),
         ("resnet50", {"frozen": "through:conv1"}, r"masking\.frozen_layers\(net, 'through:conv1'"),
         ("resnet50", {"frozen": ["conv1_conv"]}, "expected a frozenset of layer names"),
-        ("resnet50", {"num_classes": 0}, "num_classes=0 is no positive integer"),
-        ("resnet50", {"num_classes": "5"}, "num_classes='5' is no positive integer"),
+        ("resnet50", {"num_classes": 0}, "num_classes=0 is not a positive integer"),
+        ("resnet50", {"num_classes": "5"}, "num_classes='5' is not a positive integer"),
     ],
 )
 def test_options_that_cannot_be(name, options, message):
@@ -173,6 +177,7 @@ FIELDS = {
     "vgg16": {"fc": False, "hidden": (32, 8), "dropout": 0.25},
     "googlenet": {"auxiliary": False, "dropout": (0.1, 0.2, 0.3)},
     "inception_v4": {"dropout": 0.0, "frozen": frozenset({"conv2d_2", "conv2d_1"})},
+    "vgg19": {"fc": False, "dropout": 0.7},
     "resnet50": {"depths": (1, 2, 1, 1), "dtype": jnp.bfloat16, "frozen": frozenset({"conv1_bn"})},
     "densenet121_scale": {"hidden": (4,), "fold_scale": True},
 }
@@ -198,7 +203,7 @@ def test_options_of_a_different_net_are_refused():
         nets.options("resnet50", nets.create("vgg16"))
     with pytest.raises(ValueError, match="no option 'growth'"):
         nets.from_options("resnet50", {"growth": 3})
-    with pytest.raises(ValueError, match="is no part of a net"):
+    with pytest.raises(ValueError, match="is not a part of a net"):
         nets.from_options("inception_v3", {"table": [["stem", [{"os.system": {"command": "true"}}]]]})
 
 

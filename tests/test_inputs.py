@@ -21,6 +21,9 @@ def inputs(indices=range(10), data=DATA, **settings) -> Inputs:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"dataset": "folder", "indices": []}, "dataset 'folder' is a str, expected a jaxft.data.Dataset"),
+        ({"augment": mix.Mixup(1.0)}, r"augment Mixup.* mixes whole batches: give it as mix=Mixup\(alpha=1.0\)"),
+        ({"augment": mix.CutMix(), "views": 2}, "augment CutMix.*give it as mix="),
         ({"indices": np.arange(10) > 4}, r"booleans.*np.flatnonzero\(indices\)"),
         ({"indices": np.array([0.0, 1.0])}, "indices are float64, expected whole numbers"),
         ({"indices": np.array([[0, 1]])}, r"shape \[1, 2\], expected one dimension"),

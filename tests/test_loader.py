@@ -240,6 +240,36 @@ def test_the_order_within_batches_is_that_of_inputs(small):
     np.testing.assert_array_equal(found, np.concatenate(expected))
 
 
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (None, r"found NoneType: return indices in another order"),
+        (np.arange(20.0), "found float64: return indices"),
+        (np.arange(20) > 4, "found bool: return indices"),
+        (np.arange(18), r"expected an integer array \[20\] .*found the shape \[18\]: .*give fewer indices"),
+        (np.arange(1, 21), "found 20, which is not in indices"),
+    ],
+)
+def test_an_order_that_cannot_be_is_refused(small, found, message):
+    """Bug: an IndexError from a thread, a short batch, or training on held-out examples."""
+    settings = inputs(small, order=lambda *_: found)
+    with pytest.raises(ValueError, match=message):
+        next(loader.train_batches(settings, None, seed=0))
+
+
+@pytest.mark.parametrize(
+    ("image", "remedy"),
+    [
+        (np.zeros((8, 3), np.uint8), r"found uint8 \[8, 3\]; for one image alone give \[image\], a list"),
+        (np.zeros((8, 8, 3), np.float32), "0 to 255"),
+    ],
+)
+def test_arrays_that_are_no_images_name_the_remedy(image, remedy):
+    """Bug: one array given for a list of images ends in a message about its rows."""
+    with pytest.raises(ValueError, match=remedy):
+        decode.rgb(image, SIZE, "0")
+
+
 def test_a_corrupt_image_is_named_by_the_batch_that_needs_it():
     """Fails when the thread's error loses the file's name, or a half-decoded image passes."""
     images = [encoded(picture(i)) for i in range(8)]

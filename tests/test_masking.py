@@ -66,7 +66,7 @@ def test_groups_that_overlap_are_refused():
     """Bug: a layer of two groups silently follows the rate of the one that comes last."""
     with pytest.raises(ValueError, match="groups overlap: fc2 of 'late' .* are in 'head' too"):
         masking.grouped(VGG16, {"head": "from:fc2", "late": "fc2|fc1"}, WEIGHTED)
-    with pytest.raises(ValueError, match="group low='stage:blok1' names no stage; the stages are block1"):
+    with pytest.raises(ValueError, match="group low='stage:blok1' does not name a stage; the stages are block1"):
         masking.grouped(VGG16, {"low": "stage:blok1"}, WEIGHTED)
 
 

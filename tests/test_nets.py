@@ -87,7 +87,7 @@ def test_every_stage_can_be_the_start(name):
         again, rest = net.apply(variables, out[stage], start=stage)
         np.testing.assert_array_equal(again, logits, stage)
         assert list(rest) == list(out)[list(out).index(stage) :]
-    with pytest.raises(ValueError, match="start='nowhere' is no stage"):
+    with pytest.raises(ValueError, match="start='nowhere' is not a stage"):
         net.apply(variables, images, start="nowhere")
 
 

@@ -79,11 +79,13 @@ def test_class_weights_are_those_of_scikit_learn():
 
 
 def test_classes_are_needed():
-    """Bug: columns of several labels are taken for classes."""
+    """Bug: columns of several labels are taken for classes, or a mask for the examples 0 and 1."""
     several = replace(DATA, labels=np.ones((74, 4), int), target="labels")
     with pytest.raises(ValueError, match="order.balanced needs one class an image, .* draw with order.shuffled"):
         order.balanced(several, ALL, 0, 0)
     with pytest.raises(ValueError, match="target 'labels'; give Inputs.weights of your own"):
         order.class_weights(several, ALL)
+    with pytest.raises(ValueError, match=r"booleans.*np.flatnonzero\(indices\)"):
+        order.class_weights(DATA, ALL > 4)
     with pytest.raises(ValueError, match="none of the 4 labels is known; use order.shuffled"):
         order.balanced(DATA, ALL[-4:], 0, 0)

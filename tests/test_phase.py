@@ -20,6 +20,7 @@ RATE = optim.Constant(0.1)
         ({"schedule": "constant"}, "a function of the update count"),
         ({"schedule": optim.Constant}, "a function of the update count"),
         ({"optimizer": optax.adam(0.1)}, "the rate goes to schedule="),
+        ({"optimizer": optim.NesterovSGD}, r"not the class NesterovSGD; say NesterovSGD\(\)"),
         ({"optimizer": "adam"}, "function of a schedule"),
         ({"frozen": {"conv1"}}, "frozen wants a specification, not {'conv1'}; a regular expression"),
         ({"frozen": ["conv1"]}, "regular expression"),
@@ -38,7 +39,7 @@ RATE = optim.Constant(0.1)
         ({"groups": {"body": "stage:body"}, "schedule": {"trainable": RATE}}, r"no schedule for \['body'\]"),
         (
             {"schedule": {"trainable": RATE, "bdy": RATE}},
-            r"\['bdy'\], which are no labels; those .* are \['trainable'\]",
+            r"\['bdy'\], which are not labels of this phase; they are \['trainable'\]",
         ),
         ({"schedule": {"trainable": 0.1}}, "schedule of 'trainable' wants a schedule, not the number"),
     ],

@@ -143,12 +143,12 @@ def test_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_missing_path(tmp_path: Path):
-    """Bug: a typing error passes for a choice, or the message does not list the choices."""
+    """Bug: a typing error passes for a choice, a folder for nothing, or the message does not list the choices."""
     with pytest.raises(FileNotFoundError, match="'imagenett'.*no such file") as caught:
         pretrained.resolve("vgg16", "imagenett", classifier=False)
     for choice in ("auto", "imagenet", "hed-bsds500", "none"):
         assert f"{choice} (" in str(caught.value)
-    with pytest.raises(FileNotFoundError):  # a folder is no weight file
+    with pytest.raises(FileNotFoundError, match="is a folder: give the path of the weight file in it"):
         pretrained.resolve("vgg16", tmp_path, classifier=False)
 
 

@@ -142,7 +142,7 @@ def test_imports_run_one_way():
     ("part", "allowed"),
     [
         ("kernels", {"flax", "jax", "numpy", "jaxft.kernels"}),
-        ("nets", {"flax", "jax", "numpy", "jaxft.kernels", "jaxft.nets"}),
+        ("nets", {"flax", "jax", "numpy", "jaxft.checks", "jaxft.kernels", "jaxft.nets"}),
         (
             "port_weights",
             {"numpy", "h5py", "jax", "tyro", "orbax"}

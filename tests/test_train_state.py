@@ -196,13 +196,13 @@ def test_layers_without_a_schedule_are_named():
     body = {"body": "stage:body"}
     with pytest.raises(ValueError, match="no schedule for conv1, predictions, which are in no group.*'trainable'"):
         start(Phase(1, {"body": RATE}, groups=body), frozen={"bn1"})
-    with pytest.raises(ValueError, match="group body='stage:bdy' names no stage"):
+    with pytest.raises(ValueError, match="group body='stage:bdy' does not name a stage"):
         start(Phase(1, RATE, groups={"body": "stage:bdy"}))
 
 
 def test_a_schedule_that_jit_cannot_trace_names_the_remedy():
     """Bug: an `if` on the count, or a schedule that returns nothing, fails inside the first step."""
-    with pytest.raises(ValueError, match=r"(?s)schedule of 'trainable'.*jnp.where\(count < 100"):
+    with pytest.raises(ValueError, match=r"(?s)schedule of 'trainable'.*jnp.where\(count < 100.*JAX says: "):
         start(Phase(1, lambda count: 0.1 if count < 100 else 0.01))
     with pytest.raises(ValueError, match="not one number"):
         start(Phase(1, lambda count: None))

@@ -65,6 +65,18 @@ def test_dropout_is_on_in_training_alone_and_after_hidden_layers_alone():
             np.testing.assert_array_equal(out[stage], trained_out[stage])
 
 
+@pytest.mark.parametrize(
+    ("options", "rate"),
+    [({}, 0.5), ({"fc": False}, 0.0), ({"fc": False, "hidden": (8,)}, 0.5), ({"fc": False, "dropout": 0.7}, 0.7)],
+)
+def test_the_rate_of_dropout_that_is_given_or_usual(options, rate):
+    """Bug: the rate of a head of one layer is ignored, or readers of the field see another rate than the net's."""
+    net = nets.create("vgg16", 5, **options)
+    assert net.dropout == net.clone(frozen=frozenset({"block1_conv1"})).dropout == rate
+    expected = ("predictions_dropout", "predictions") if rate else ("predictions",)
+    assert net.layers()["predictions"] == expected
+
+
 def test_bfloat16_keeps_float32_parameters_and_logits():
     """Bug: parameters are created, or logits returned, in the compute dtype."""
     net = nets.create("vgg16", 10, fc=False, hidden=(8,), dtype=jnp.bfloat16)

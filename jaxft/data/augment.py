@@ -5,14 +5,16 @@ is converted), labels a pytree that comes back as it is. Image i draws from `jax
 equal keys give equal images. Settings are fields, and `repr` shows all of them.
 """
 
+import inspect
 import math
-import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+
+from jaxft.checks import is_real
 
 _GREY = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's "L"
 
@@ -105,8 +107,8 @@ class ColorJitter:
 
     Attributes:
         brightness: an image is multiplied by 1 - brightness to 1 + brightness; at most 1.
-        contrast: its distance from its mean grey likewise; at most 1.
-        saturation: its distance from its own grey likewise; at most 1.
+        contrast: the same for its distance from its mean grey; at most 1.
+        saturation: the same for its distance from its own grey; at most 1.
         hue: largest turn of the hue, as a fraction of the whole circle, either way; at most 0.5.
 
     Raises:
@@ -213,7 +215,7 @@ class Erase:
         check_number(self, "aspect", 1, 100, "a ratio of sides")
         if self.fill not in ("mean", "noise"):
             raise ValueError(f"Erase: fill {self.fill!r}, expected 'mean' or 'noise'")
-        if not isinstance(self.area, tuple | list) or len(self.area) != 2 or not all(map(_is_number, self.area)):
+        if not isinstance(self.area, tuple | list) or len(self.area) != 2 or not all(map(is_real, self.area)):
             raise ValueError(f"Erase: area {self.area!r}, expected (smallest, largest), such as (0.02, 0.33)")
         object.__setattr__(self, "area", tuple(map(float, self.area)))
         if not 0 < self.area[0] <= self.area[1] <= 1:
@@ -243,15 +245,19 @@ class Erase:
         return jax.vmap(one)(_keys(key, images), images), labels
 
 
+class Mixing:
+    """The base of what mixes the images of a batch with one another: `Inputs.mix` takes it, and `augment` does not."""
+
+
 @dataclass(frozen=True)
 class Chain:
     """One after another, each under its own key.
 
     Attributes:
-        steps: functions of (key, images, labels), such as `Warp`, `Blur` or `mix.Mixup`.
+        steps: functions of (key, images, labels), such as `Warp` or `Blur`.
 
     Raises:
-        ValueError: no steps, or one that is not a function.
+        ValueError: no steps, one that is not a function, or one that mixes images.
     """
 
     steps: tuple[Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]], ...]
@@ -261,14 +267,38 @@ class Chain:
             raise ValueError(
                 f"Chain: steps {self.steps!r}, expected functions, such as Chain((Warp(rotation=10), Blur()))"
             )
+        if mixing := [step for step in self.steps if isinstance(step, Mixing)]:
+            raise ValueError(f"Chain: {mixing[0]!r} mixes whole batches: take it out, and give it as Inputs(mix=…)")
         object.__setattr__(self, "steps", tuple(self.steps))
 
     def __call__(self, key: jax.Array, images: jax.Array, labels: Any) -> tuple[jax.Array, Any]:
         """See the module."""
         images = jnp.asarray(images, jnp.float32)
         for number, step in enumerate(self.steps):
-            images, labels = step(jax.random.fold_in(key, number), images, labels)
+            images, labels = applied(step, jax.random.fold_in(key, number), images, labels)
         return images, labels
+
+
+def applied(
+    change: Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]], key: jax.Array, images: jax.Array, labels: Any
+) -> tuple[jax.Array, Any]:
+    """`change(key, images, labels)`, if it takes these and gives (images, labels).
+
+    Raises:
+        ValueError: it takes other arguments, or gives something else.
+    """
+    wanted = "expected a function of (key, images, labels) that returns (images, labels)"
+    try:
+        inspect.signature(change).bind(key, images, labels)
+    except TypeError as error:
+        raise ValueError(f"{change!r} does not take three arguments ({error}): {wanted}") from None
+    except ValueError:  # a function of C, of which no signature is known
+        pass
+    changed = change(key, images, labels)
+    if not isinstance(changed, tuple | list) or len(changed) != 2:
+        found = f"{len(changed)} values" if isinstance(changed, tuple | list) else f"a {type(changed).__name__} alone"
+        raise ValueError(f"{change!r} returns {found}: {wanted}")
+    return changed[0], changed[1]
 
 
 def one_by_one(
@@ -290,7 +320,7 @@ def one_by_one(
     """
 
     def one(key: jax.Array, image: jax.Array, label: Any) -> tuple[jax.Array, Any]:
-        changed = augment(key, image[None], jax.tree.map(lambda leaf: leaf[None], label))
+        changed = applied(augment, key, image[None], jax.tree.map(lambda leaf: leaf[None], label))
         return jax.tree.map(lambda leaf: leaf[0], changed)
 
     return jax.vmap(one)(keys, images, labels)
@@ -332,16 +362,12 @@ def _turn_hue(image: jax.Array, turn: jax.Array) -> jax.Array:
     return value[..., None] - chroma[..., None] * jnp.clip(jnp.minimum(place, 4.0 - place), 0.0, 1.0)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
 def check_number(
     step: Any, name: str, low: float, high: float, unit: str, *, above: bool = False, below: bool = False
 ) -> None:
     """Refuses a setting of `step` that is not a number from `low` (or `above` it) to `high` (or `below` it)."""
     value = getattr(step, name)
-    if not _is_number(value) or not low <= value <= high or (above and value == low) or (below and value == high):
+    if not is_real(value) or not low <= value <= high or (above and value == low) or (below and value == high):
         bounds = f"{'above ' if above else ''}{low:g} to {'below ' if below else ''}{high:g}"
         raise ValueError(f"{type(step).__name__}: {name} {value!r}, expected {unit} of {bounds}")
     object.__setattr__(step, name, float(value))  # 5, 5.0 and np.float32(5) have one repr

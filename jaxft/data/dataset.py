@@ -77,9 +77,12 @@ class Dataset:
                 f"dataset {self.name!r}: {len(doubles)} names stand for several images, the first {doubles[0]!r}; "
                 f"names must be distinct: add the folder to them"
             )
-        if isinstance(self.images, list | tuple):
-            for name, image in zip(self.names, self.images, strict=True):
-                _check_image(self.name, name, image)
+        # Images that are read when they are needed are not all to be read here, so that the first one stands for them.
+        images = (
+            self.images if isinstance(self.images, list | tuple) else [self.images[i] for i in range(len(self))[:1]]
+        )
+        for name, image in zip(self.names, images, strict=False):
+            _check_image(self.name, name, image)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -128,6 +131,34 @@ class Dataset:
         digest = hashlib.sha256(f"{image.dtype} {list(image.shape)}\n".encode())
         digest.update(np.ascontiguousarray(image).tobytes())
         return digest.digest()
+
+
+def checked_indices(dataset: Dataset, indices: object) -> np.ndarray:
+    """Indices of a dataset's examples as read-only int64 [n], n at least 1.
+
+    Raises:
+        ValueError: they are not whole numbers of one dimension, distinct and within the dataset.
+    """
+    given = np.asarray(indices)
+    if given.dtype == bool:
+        raise ValueError("indices are booleans, expected the numbers of the examples: give np.flatnonzero(indices)")
+    if given.size and given.dtype.kind not in "iu":
+        raise ValueError(f"indices are {given.dtype}, expected whole numbers, such as those of jaxft.data.folds.split")
+    if given.ndim != 1:
+        raise ValueError(f"indices have the shape {list(given.shape)}, expected one dimension: give indices.ravel()")
+    if not given.size:
+        raise ValueError("the set is empty: indices hold no example to take a batch from")
+    if given.min() < 0 or given.max() >= len(dataset):
+        raise ValueError(f"indices {given.min()} to {given.max()}, expected within 0 to {len(dataset) - 1}")
+    values, counts = np.unique(given, return_counts=True)
+    if len(values) < len(given):
+        raise ValueError(
+            f"indices name {(counts > 1).sum()} examples more than once, the first {values[counts > 1][0]}: give "
+            f"np.unique(indices), and for examples that are to count more, weights"
+        )
+    kept = given.astype(np.int64)
+    kept.flags.writeable = False
+    return kept
 
 
 def _strings(dataset: str, column: str, values: object) -> tuple[str, ...]:
@@ -187,8 +218,11 @@ def _remedy(labels: np.ndarray, target: Target) -> str:
     if target == "class":
         if rank == 2 and kind in "iub":
             return "; for one-hot labels give labels.argmax(1), for several labels an image say target='labels'"
+        if kind == "b":
+            return "; give labels.astype(np.int32)"
         if kind == "f":
-            return "; for numbers to predict say target='values' and give float labels [N, K]"
+            one_hot = "for one-hot labels give labels.argmax(1), " if rank == 2 else ""
+            return f"; {one_hot}for numbers to predict say target='values' and give float labels [N, K]"
     if target == "labels" and rank == 2:
         return "; give labels.astype(np.int32), or say target='values' for numbers to predict"
     if target == "values":

@@ -36,7 +36,9 @@ def rgb(image: bytes | np.ndarray, size: tuple[int, int], name: str, *, scaled: 
     """
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise ValueError(f"image {name}: expected uint8 [H, W, 3], found {image.dtype} {list(image.shape)}")
+            raise ValueError(
+                f"image {name}: expected uint8 [H, W, 3], found {image.dtype} {list(image.shape)}{_remedy(image)}"
+            )
         return image if image.shape[:2] == size else _resize(Image.fromarray(image), size)
     if not image.startswith(_JPEG_MAGIC) or _jpeg_header(image, name)[2] not in _TURBO_SPACES:
         with _open(image, name) as opened:
@@ -74,6 +76,13 @@ def jpeg_size(data: bytes, name: str) -> tuple[int, int]:
         found = f"it begins with {data[:4]!r}" if data else "it is empty"
         raise ValueError(f"image {name} is not a JPEG: {found}; replace or remove it")
     return _jpeg_header(data, name)[:2]
+
+
+def _remedy(image: np.ndarray) -> str:
+    """What to give for an array that is not an image."""
+    if image.ndim == 2:
+        return "; for one image alone give [image], a list, and for a grey image np.stack([image] * 3, -1)"
+    return "; give image.astype(np.uint8), with values of 0 to 255" if image.dtype != np.uint8 else ""
 
 
 def _jpeg_header(data: bytes, name: str) -> tuple[int, int, str]:

@@ -55,7 +55,7 @@ def split(groups: Sequence[str], fold: int, folds: int, seed: int = 0) -> tuple[
 
 
 def stratified_split(strata: Sequence[Hashable], fraction: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Divide examples so that each stratum divides alike.
+    """Divide examples, and each stratum of them in the same proportion.
 
     The first part has exactly round(fraction · N) examples; a stratum's share differs by less than one example from
     `fraction` of it.

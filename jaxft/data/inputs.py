@@ -1,6 +1,5 @@
 """`Inputs`: which images of a dataset a run takes, at which size, in which order, and what is done to them."""
 
-import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -8,8 +7,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxft.checks import is_int
 from jaxft.data import order
-from jaxft.data.dataset import Dataset
+from jaxft.data.augment import Mixing
+from jaxft.data.dataset import Dataset, checked_indices
 
 Augment = Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 """(key, images float32 [B, H, W, 3] of 0 to 255, labels: a pytree of [B, …]) → (images, labels)."""
@@ -51,9 +52,14 @@ class Inputs:
     scaled_decode: bool = False
 
     def __post_init__(self):
-        object.__setattr__(self, "indices", _checked_indices(self.dataset, self.indices))
+        if not isinstance(self.dataset, Dataset):
+            raise ValueError(
+                f"dataset {self.dataset!r} is a {type(self.dataset).__name__}, expected a jaxft.data.Dataset, which "
+                f"holds images and labels"
+            )
+        object.__setattr__(self, "indices", checked_indices(self.dataset, self.indices))
         object.__setattr__(self, "image_size", _checked_size(self.image_size))
-        if not _is_int(self.batch_size) or self.batch_size < 1:
+        if not is_int(self.batch_size) or self.batch_size < 1:
             raise ValueError(f"batch_size {self.batch_size!r}: expected a whole number of at least 1")
         for name in ("augment", "mix"):
             if getattr(self, name) is not None and not callable(getattr(self, name)):
@@ -61,10 +67,12 @@ class Inputs:
                     f"{name} {getattr(self, name)!r}: expected a function of (key, images, labels), such as "
                     f"{'augment.Warp(rotation=10)' if name == 'augment' else 'mix.Mixup(0.2)'}, or None"
                 )
+        if isinstance(self.augment, Mixing):
+            raise ValueError(f"augment {self.augment!r} mixes whole batches: give it as mix={self.augment!r}")
         if not callable(self.order):
             raise ValueError(f"order {self.order!r}: expected a function such as order.shuffled or order.balanced")
         if self.views is not None:
-            if not _is_int(self.views) or self.views < 1:
+            if not is_int(self.views) or self.views < 1:
                 raise ValueError(f"views {self.views!r}: expected at least 1, or None for new ones in every epoch")
             if self.augment is None:
                 raise ValueError(f"views {self.views}: there is nothing to view without `augment`; leave views out")
@@ -137,37 +145,10 @@ def _some(names: list[str], count: int) -> str:
     return ", ".join(names) + (f" and {count - len(names)} more" if count > len(names) else "")
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-def _checked_indices(dataset: Dataset, indices: object) -> np.ndarray:
-    given = np.asarray(indices)
-    if given.dtype == bool:
-        raise ValueError("indices are booleans, expected the numbers of the examples: give np.flatnonzero(indices)")
-    if given.size and given.dtype.kind not in "iu":
-        raise ValueError(f"indices are {given.dtype}, expected whole numbers, such as those of jaxft.data.folds.split")
-    if given.ndim != 1:
-        raise ValueError(f"indices have the shape {list(given.shape)}, expected one dimension: give indices.ravel()")
-    if not given.size:
-        raise ValueError("the set is empty: indices hold no example to take a batch from")
-    if given.min() < 0 or given.max() >= len(dataset):
-        raise ValueError(f"indices {given.min()} to {given.max()}, expected within 0 to {len(dataset) - 1}")
-    values, counts = np.unique(given, return_counts=True)
-    if len(values) < len(given):
-        raise ValueError(
-            f"indices name {(counts > 1).sum()} examples more than once, the first {values[counts > 1][0]}: give "
-            f"np.unique(indices), and for examples that shall count more, weights"
-        )
-    kept = given.astype(np.int64)
-    kept.flags.writeable = False
-    return kept
-
-
 def _checked_size(size: object) -> tuple[int, int]:
-    if _is_int(size):
+    if is_int(size):
         raise ValueError(f"image_size {size}: expected (height, width), such as ({size}, {size})")
-    if not isinstance(size, tuple | list) or len(size) != 2 or not all(_is_int(side) and side > 0 for side in size):
+    if not isinstance(size, tuple | list) or len(size) != 2 or not all(is_int(side) and side > 0 for side in size):
         raise ValueError(f"image_size {size!r}: expected (height, width), two whole numbers of at least 1")
     return int(size[0]), int(size[1])
 

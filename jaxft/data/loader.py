@@ -57,7 +57,7 @@ def train_batches(
 
     Raises:
         ValueError: a batch larger than the set, rows that do not divide by the processes, or weights that are all 0;
-            while iterating, an image that cannot be decoded, by name.
+            while iterating, an order of other examples, or an image that cannot be decoded, by name.
     """
     steps, size = inputs.steps_per_epoch, inputs.batch_size
     rows = _rows(size, process)
@@ -68,7 +68,7 @@ def train_batches(
 
     @functools.lru_cache(maxsize=2)  # workers run ahead into the next epoch
     def in_order(epoch: int) -> np.ndarray:
-        return inputs.order(inputs.dataset, inputs.indices, seed, epoch)
+        return _checked_order(inputs, inputs.order(inputs.dataset, inputs.indices, seed, epoch))
 
     def batch(step: int) -> Batch:
         epoch, first = step // steps, step % steps * size
@@ -184,6 +184,18 @@ def _rows(batch_size: int, process: tuple[int, int]) -> slice:
         )
     each = batch_size // count
     return slice(index * each, (index + 1) * each)
+
+
+def _checked_order(inputs: Inputs, found: object) -> np.ndarray:
+    wanted = f"order {inputs.order!r}: expected an integer array [{len(inputs)}] of examples of indices"
+    if not isinstance(found, np.ndarray) or found.dtype.kind not in "iu":
+        kind = found.dtype if isinstance(found, np.ndarray) else type(found).__name__
+        raise ValueError(f"{wanted}, found {kind}: return indices in another order, as order.shuffled does")
+    if found.shape != inputs.indices.shape:
+        raise ValueError(f"{wanted}, found the shape {list(found.shape)}: for fewer examples, give fewer indices")
+    if len(others := np.setdiff1d(found, inputs.indices)):
+        raise ValueError(f"{wanted}, found {others[0]}, which is not in indices")
+    return found
 
 
 def _load(inputs: Inputs, images: Images | None, indices: np.ndarray) -> Batch:

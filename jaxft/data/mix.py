@@ -1,4 +1,4 @@
-"""Batches whose images are mixed with one another, labels alike; on the device, inside the train step.
+"""Batches whose images are mixed with one another, and their labels with them; on the device, inside the train step.
 
 Each is a function of (key, images, labels) that gives (images, labels): images float32 [B, H, W, C] of 0 to 255 (uint8
 is converted), labels a pytree of float [B, …]. Every leaf becomes share · leaf + (1 - share) · leaf[partner], so that
@@ -11,15 +11,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxft.data.augment import check_number, rectangle
+from jaxft.data.augment import Mixing, check_number, rectangle
 
 
 @dataclass(frozen=True)
-class Mixup:
+class Mixup(Mixing):
     """Images are averaged with a partner; the share is one for the batch, drawn from Beta(alpha, alpha).
 
     Attributes:
-        alpha: above 0; 0.2 keeps most batches near to the originals, 1 draws every share alike.
+        alpha: above 0; 0.2 keeps most batches near to the originals, with 1 every share is equally likely.
 
     Raises:
         ValueError: `alpha` out of its range; when called, labels that are not float.
@@ -42,14 +42,14 @@ class Mixup:
 
 
 @dataclass(frozen=True)
-class CutMix:
+class CutMix(Mixing):
     """A rectangle of each image comes from a partner; the labels' share is the area that is kept.
 
     Size and place of the rectangle are one for the batch; its area is drawn from Beta(alpha, alpha), and what would lie
     outside of the image is cut off.
 
     Attributes:
-        alpha: above 0; 1 draws every area alike.
+        alpha: above 0; with 1 every area is equally likely.
 
     Raises:
         ValueError: `alpha` out of its range; when called, labels that are not float.

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from jaxft.data.dataset import Dataset
+from jaxft.data.dataset import Dataset, checked_indices
 
 
 def shuffled(dataset: Dataset, indices: np.ndarray, seed: int, epoch: int) -> np.ndarray:
@@ -60,17 +60,17 @@ def class_weights(dataset: Dataset, indices: np.ndarray) -> np.ndarray:
 
     Args:
         dataset: of target "class".
-        indices: examples to train on, int [n].
+        indices: examples to train on, distinct, int [n].
 
     Returns:
         float32 [N] for the whole dataset, to be given as `Inputs.weights`; 1 for unknown labels and absent classes.
 
     Raises:
-        ValueError: the dataset has another target.
+        ValueError: the dataset has another target, or the indices are not those of examples.
 
     Source: scikit-learn's class weights "balanced".
     """
-    indices = np.asarray(indices)
+    indices = checked_indices(dataset, indices)
     labels = _class_labels(dataset, indices, "order.class_weights", "give Inputs.weights of your own")
     counts = np.bincount(labels[labels >= 0], minlength=len(dataset.classes))
     of_class = np.ones(len(counts) + 1)  # the last is for label -1

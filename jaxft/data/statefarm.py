@@ -33,7 +33,7 @@ def prepare(data_dir: str | os.PathLike[str], cache_dir: str | os.PathLike[str],
 
     Raises:
         FileNotFoundError: the folder, the csv or the images are absent, or files of the build are.
-        ValueError: csv and images do not agree, a class is empty or unknown, a file is no JPEG, the split is absent.
+        ValueError: csv and images do not agree, a class is empty or unknown, a file is not a JPEG, the split is absent.
     """
     data_dir, cache_dir = Path(data_dir).expanduser(), Path(cache_dir).expanduser()
     layout = open_layout(data_dir)

@@ -256,7 +256,7 @@ def row_output(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads, finish:
 def patch_input_gradient(
     dy: jax.Array, kernel: jax.Array, stride: int, pads: Pads, height: int, width: int
 ) -> jax.Array:
-    """The gradient [B, height, width, C] of the input of a convolution whose kernel is no smaller than its stride.
+    """The gradient [B, height, width, C] of the input of a convolution whose kernel is at least as large as its stride.
 
     Pixels whose rows, and whose columns, leave the same remainder by the stride meet the same taps. Each such set is a
     convolution of the output's gradient with these taps.
@@ -349,7 +349,7 @@ def convolve(
 ) -> jax.Array:
     """x [B, H, W, C] ∗ kernel [h, w, C, D], times factor [D], plus bias [D], through a ReLU: [B, H', W', D].
 
-    It is XLA's own convolution, with the factor in its kernel, where the default backend is no CPU, where x is not
+    It is XLA's own convolution, with the factor in its kernel, where the default backend is not a CPU, where x is not
     float32, and where there is little work.
     """
     pads = explicit_pads(x, kernel.shape[:2], (strides, strides), padding)

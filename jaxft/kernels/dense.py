@@ -19,8 +19,8 @@ MIN_WEIGHTS = 2**20  # the product with fewer takes less than a millisecond
 def dot_general(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **options: Any) -> jax.Array:
     """`lax.dot_general` for a `flax.linen.Dense`: x [B, C] · kernel [C, D] → [B, D].
 
-    The gradients are XLA's own where the default backend is no CPU, x is not float32, the batch is large or the kernel
-    small.
+    The gradients are XLA's own where the default backend is not a CPU, x is not float32, the batch is large or the
+    kernel small.
     """
     wide = x.ndim == 2 and len(x) <= MAX_BATCH and kernel.size >= MIN_WEIGHTS
     if jax.default_backend() != "cpu" or x.dtype != jnp.float32 or not wide:

@@ -13,7 +13,7 @@ def normalise(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """x [..., C] by the mean and biased variance of each channel → (float32 [..., C], mean [C], variance [C]).
 
-    The variance is E[x²] - E[x]². It needs no copy of x, and is as exact as E[(x - E[x])²] where the mean is no larger
+    The variance is E[x²] - E[x]². It needs no copy of x, and is as exact as E[(x - E[x])²] where the mean is not larger
     than some standard deviations. The gradient is written out: it keeps x alone and reads x and the output's gradient
     twice, where the derivatives of single operations would keep the result of each.
     """

@@ -107,6 +107,9 @@ def create(name: str, num_classes: int | None = 1000, **options: Any) -> Net:
         if option not in known:
             near = difflib.get_close_matches(option, known, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
+            if option == "head":
+                widths = options[option] if isinstance(options[option], tuple | list) else (256,)
+                hint = f"for hidden layers before the last one say hidden={tuple(widths)!r}. "
             raise ValueError(f"{name} has no option {option!r}: {hint}Its options are {', '.join(known)}")
     return spec(name).net(num_classes=num_classes, **options)
 
@@ -195,7 +198,7 @@ def _from_json(value: Any) -> Any:
     if not isinstance(value, dict):
         return tuple(map(_from_json, value)) if isinstance(value, list) else value
     if len(value) != 1 or not set(value) <= set(PARTS):
-        raise ValueError(f"{value} is no part of a net, which is {{NAME: fields}} with {' or '.join(PARTS)} as NAME")
+        raise ValueError(f"{value} is not a part of a net, which is {{NAME: fields}} with {' or '.join(PARTS)} as NAME")
     ((part, values),) = value.items()
     return PARTS[part](**{field: _from_json(entry) for field, entry in values.items()})
 

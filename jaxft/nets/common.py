@@ -1,7 +1,6 @@
 """What two or more families share."""
 
 import dataclasses
-import numbers
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from jaxft.checks import is_int, is_real
 from jaxft.kernels.conv import convolve
 from jaxft.kernels.dense import dot_general
 from jaxft.kernels.norm import normalise
@@ -92,7 +92,7 @@ def fold(stages: Sequence[Stage], x: jax.Array, start: str | None = None) -> tup
     names = [name for name, _ in stages]
     if start is not None:
         if start not in names:
-            raise ValueError(f"start={start!r} is no stage of this net; its stages are {', '.join(names)}")
+            raise ValueError(f"start={start!r} is not a stage of this net; its stages are {', '.join(names)}")
         out[start] = x
         stages = stages[names.index(start) + 1 :]
     for name, stage in stages:
@@ -124,16 +124,18 @@ def check_fields(net: Any) -> None:
     """Raises ValueError for a field that every net has and that is not what the classes document."""
 
     def is_width(value: Any) -> bool:
-        return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) > 0
+        return is_int(value) and int(value) > 0
 
     def is_rate(value: Any) -> bool:
-        return isinstance(value, numbers.Real) and not isinstance(value, bool) and 0 <= float(value) < 1
+        return is_real(value) and 0 <= float(value) < 1
 
     if net.num_classes is not None and not is_width(net.num_classes):
-        raise ValueError(f"num_classes={net.num_classes!r} is no positive integer; None stops at the last feature map")
+        raise ValueError(
+            f"num_classes={net.num_classes!r} is not a positive integer; None stops at the last feature map"
+        )
     if not isinstance(net.hidden, tuple) or not all(map(is_width, net.hidden)):
         raise ValueError(
-            f"hidden={net.hidden!r} is no tuple of positive integers, the widths of dense layers before the last one; "
+            f"hidden={net.hidden!r} is not a tuple of positive integers, the widths of dense layers before the last; "
             "say hidden=(256,) for one, () for none"
         )
     usual = type(net).dropout
@@ -141,7 +143,9 @@ def check_fields(net: Any) -> None:
     rates = net.dropout if many and isinstance(net.dropout, tuple) else (net.dropout,)
     if len(rates) != (len(usual) if many else 1) or not all(map(is_rate, rates)):
         wanted = f"tuple of {len(usual)} rates" if many else "rate"
-        raise ValueError(f"dropout={net.dropout!r} is no {wanted} from 0 to below 1, as {usual} is")
+        raise ValueError(
+            f"dropout={net.dropout!r} is not a {wanted} from 0 to below 1, such as {usual if many else 0.5}"
+        )
     if isinstance(net.frozen, str):
         raise ValueError(
             f"frozen={net.frozen!r} is a specification, where a net takes a frozenset of layer names: "
@@ -157,7 +161,7 @@ def check_fields(net: Any) -> None:
 
 
 def dtype_name(dtype: Any) -> str:
-    """The name of a dtype in any form, or what was given where it is none."""
+    """The name of a dtype in any form, or what was given if it is not a dtype."""
     try:
         return jnp.dtype(dtype).name
     except TypeError:

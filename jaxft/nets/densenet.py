@@ -95,7 +95,7 @@ class DenseNet(Net):
             last feature map, [B, about H/32, W/32, C].
 
         Raises:
-            ValueError: the images are too small, or `start` is no stage.
+            ValueError: the images are too small, or `start` is not a stage.
         """
         if start is None:
             check_size("DenseNet", images, 32)

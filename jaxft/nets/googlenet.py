@@ -118,7 +118,7 @@ class GoogLeNet(Net):
             output of inception_5b, [B, about H/32, W/32, 1024].
 
         Raises:
-            ValueError: the images do not fit, `start` is no stage, or lies after a stage that an auxiliary head reads.
+            ValueError: the images do not fit; `start` is not a stage, or follows one that an auxiliary head reads.
         """
         if start is None:
             check_size("GoogLeNet", images, 32)

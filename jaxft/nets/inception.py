@@ -201,7 +201,7 @@ class Inception(Net):
             last feature map, [B, 8, 8, C] for 299×299.
 
         Raises:
-            ValueError: the images are too small, or `start` is no stage.
+            ValueError: the images are too small, or `start` is not a stage.
         """
         if start is None:
             check_size("Inception", images, 75)

@@ -119,7 +119,7 @@ class ResNet(Net):
             last feature map, [B, ⌈H/32⌉, ⌈W/32⌉, 2048], or one less a side where pool1 is not padded.
 
         Raises:
-            ValueError: the images are too small, or `start` is no stage.
+            ValueError: the images are too small, or `start` is not a stage.
         """
         if start is None:
             check_size("ResNet", images, 32)

@@ -24,7 +24,8 @@ class VGG(Net):
         fc: Flatten → fc1 (4096) → fc2 (4096) come before the rest of the head, for inputs of 224 to 255 pixels a side.
             False takes global average pooling in their place, for any input of 32×32 or more.
         hidden: widths of dense ReLU layers hidden1, hidden2, … before the last layer.
-        dropout: rate after each dense layer but the last (fc1, fc2, hidden1, …) in training.
+        dropout: rate before each dense layer after the first, and before the last one, in training. None becomes 0.5
+            with fc or hidden layers, and 0 without.
         frozen: names of frozen layers; VGG has no BatchNorm, so nothing of its own depends on it.
         dtype: of the computation; parameters and logits are float32.
 
@@ -35,9 +36,14 @@ class VGG(Net):
     num_classes: int | None = 1000
     fc: bool = True
     hidden: tuple[int, ...] = ()
-    dropout: float = 0.5
+    dropout: float | None = None
     frozen: frozenset[str] = frozenset()
     dtype: DTypeLike = jnp.float32
+
+    def __post_init__(self) -> None:
+        if self.dropout is None:
+            object.__setattr__(self, "dropout", 0.5 if self.fc or self.hidden else 0.0)
+        super().__post_init__()
 
     def layers(self) -> dict[str, tuple[str, ...]]:
         """Stage name → its layers, those without weights too, as Keras's guide of 2016 orders its Sequential model."""
@@ -66,7 +72,7 @@ class VGG(Net):
             output of `block5`, [B, H // 32, W // 32, 512].
 
         Raises:
-            ValueError: the images are too small or do not fit fc1, or `start` is no stage.
+            ValueError: the images are too small or do not fit fc1, or `start` is not a stage.
         """
         if start is None:
             self._check_size(*images.shape[1:3])
@@ -89,11 +95,12 @@ class VGG(Net):
         return max_pool(x, (2, 2), (2, 2))
 
     def _head(self) -> tuple[dict[str, int], float]:
-        """Dense layer → width, and the rate of dropout, which pooled features get none of."""
+        """Dense layer → width, and the rate of dropout."""
+        assert self.dropout is not None  # since __post_init__
         widths = head_widths(self.hidden, "predictions", self.num_classes)
         if widths and self.fc:
             widths = {"fc1": FC_WIDTH, "fc2": FC_WIDTH, **widths}
-        return widths, self.dropout if len(widths) > 1 else 0.0
+        return widths, self.dropout
 
 
 def spec(depths: tuple[int, ...], num_params: int, gmac: float, md5: str, notop_md5: str) -> Spec:
