@@ -64,7 +64,7 @@ def test_nothing_asked_for_changes_nothing(step):
 
 @pytest.mark.parametrize("step", EVERY, ids=IDS)
 def test_keys_decide(step):
-    """Bug: all images of a batch, or all batches, are changed alike; equal keys give different images."""
+    """Bug: all images of a batch, or all batches, are changed in the same way; equal keys give different images."""
     same = np.broadcast_to(IMAGES[:1], IMAGES.shape).astype(np.float32)
     out = np.concatenate([applied(step, same, seed) for seed in range(3)])
     assert len({image.tobytes() for image in out}) > 6

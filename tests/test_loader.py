@@ -215,7 +215,7 @@ def test_several_labels_and_values_are_batched(target, labels):
 
 
 def test_weights_and_orders_go_with_their_examples(small):
-    """Bug: weights are taken by row instead of by example, or an order of one's own is ignored."""
+    """Bug: weights are taken by row instead of by example, or a given order is ignored."""
     weights = np.linspace(0, 2, 20)
     settings = inputs(small, weights=weights, order=lambda data, indices, seed, epoch: indices[::-1])
     batches = list(loader.train_batches(settings, None, seed=0, num_steps=2))
@@ -264,7 +264,7 @@ def test_an_order_that_cannot_be_is_refused(small, found, message):
         (np.zeros((8, 8, 3), np.float32), "0 to 255"),
     ],
 )
-def test_arrays_that_are_no_images_name_the_remedy(image, remedy):
+def test_arrays_that_are_not_images_name_the_remedy(image, remedy):
     """Bug: one array given for a list of images ends in a message about its rows."""
     with pytest.raises(ValueError, match=remedy):
         decode.rgb(image, SIZE, "0")
@@ -512,7 +512,7 @@ def test_broken_files_are_errors_that_name_them(data):
 
 
 @pytest.mark.parametrize("data", [b"", PNG, JPEG[:50], jpeg_claiming(65_000, 65_000)])
-def test_the_header_check_refuses_what_is_no_jpeg(data):
+def test_the_header_check_refuses_what_is_not_a_jpeg(data):
     """Fails when building accepts a PNG, an empty file or a bomb under a JPEG's name."""
     with pytest.raises(ValueError, match=r"image a\.jpg"):
         decode.jpeg_size(data, "a.jpg")

@@ -8,7 +8,7 @@ from jaxft.meter import Meter
 
 
 def test_several_steps_add_up_to_the_bits_of_single_ones():
-    """Bug: the sum over a dispatch is added at once, which rounds otherwise than step by step."""
+    """Bug: the sum over a dispatch is added at once, which rounds differently from step by step."""
     losses = np.float32([0.1, 1e7, 0.3, -1e7, 0.7])
     single, several = Meter(), Meter()
     for loss in losses:
@@ -29,7 +29,7 @@ def test_an_epoch_that_is_resumed_goes_on_from_its_sums():
     for number in range(4, 7):
         after.add({"loss": np.float32(number / 3), "accuracy": np.float32(number / 7)})
     assert after.means() == whole.means()
-    assert set(whole.means()) == {"loss", "accuracy"}  # counts are no figures
+    assert set(whole.means()) == {"loss", "accuracy"}  # counts are not figures
 
 
 def test_before_the_first_step_there_is_no_mean_and_no_rate():

@@ -81,7 +81,7 @@ def test_shares_have_the_distribution_asked_for(alpha):
 
 @pytest.mark.parametrize("step", [Mixup(0.5), CutMix()], ids=repr)
 def test_keys_decide(step):
-    """Bug: every batch is mixed alike, or a resumed run mixes otherwise."""
+    """Bug: every batch is mixed with the same share, or a resumed run mixes differently."""
     first, again, *others = (compiled(step)(jax.random.key(seed), FLAT, labels())[0] for seed in (0, 0, 1, 2, 3, 4, 5))
     np.testing.assert_array_equal(first, again)
     assert sum(not np.array_equal(first, other) for other in others) >= 4

@@ -174,7 +174,7 @@ def test_settings_out_of_range_are_refused(make, message):
     ],
 )
 def test_plateau_is_keras_step_by_step(settings, best):
-    """Bug: patience, cooldown, the least change or the lowest rate count otherwise than in Keras."""
+    """Bug: patience, cooldown, the least change or the lowest rate do not count as in Keras."""
     import keras
 
     class Model:

@@ -183,7 +183,7 @@ def test_quiet_where_nobody_looks(monkeypatch, stream):
 
 
 def test_a_notebook_shows_the_bar(monkeypatch, clock):
-    """Bug: a kernel's standard error is no terminal, so a notebook shows nothing; or each refresh adds one more."""
+    """Bug: a kernel's standard error is not a terminal, so a notebook shows nothing; or each refresh adds one more."""
     outputs = []
 
     class ZMQInteractiveShell:  # the name by which rich knows a notebook, and displays on its own

@@ -95,11 +95,11 @@ def test_predictions_of_several_outputs(tmp_path, name):
 
 
 def test_predictions_in_another_locale(tmp_path, monkeypatch):
-    """Bug: arrows in a class name are no Latin-1: after hours of training there are no predictions."""
+    """Bug: arrows in a class name are not Latin-1: after hours of training there are no predictions."""
     monkeypatch.setattr(locale, "getpreferredencoding", lambda do_setlocale=True: "latin-1")
     monkeypatch.setattr(locale, "getencoding", lambda: "latin-1")
     _, data, predictions = case("classification")
-    data = dataclasses.replace(data, names=("\udcff.jpg", *data.names[1:]))  # a file name that is no UTF-8
+    data = dataclasses.replace(data, names=("\udcff.jpg", *data.names[1:]))  # a file name that is not UTF-8
     report.write_predictions(tmp_path / "p.csv", predictions, data)
     text = (tmp_path / "p.csv").read_text(encoding="utf-8")
     assert "→" in text and "文字" in text and "udcff.jpg" in text
@@ -265,7 +265,7 @@ def test_few_and_many_classes(drawn, classes):
 
 
 def test_a_table(capsys):
-    """Bug: values that are no strings fail, or a long one is cut."""
+    """Bug: values that are not strings fail, or a long one is cut."""
     report.table("a run", {"accuracy": 0.5, "file": "x" * 200})
     shown = capsys.readouterr().out
     assert "accuracy" in shown and "0.5" in shown and shown.count("x") == 200

@@ -60,7 +60,7 @@ def difference(a, b):
 
 
 def test_postures_differ(monkeypatch):
-    """Bug: two classes are drawn alike."""
+    """Bug: two classes are drawn in the same way."""
     rows = [(label, row) for label, variants in enumerate(cabin.POSTURES) for row in variants]
     # One row a class, because choosing among several moves the generator on: the background would differ as well.
     monkeypatch.setattr(cabin, "POSTURES", tuple((row,) for _, row in rows))

@@ -171,7 +171,7 @@ def test_the_log_loss_is_clipped_as_kaggle_clips():
 
 
 def test_calibration_error_by_hand():
-    """Bug: bins are weighted alike whatever they hold, or a probability of 1 falls out of the last one."""
+    """Bug: every bin has the same weight, whatever it holds, or a probability of 1 falls out of the last one."""
     probability = np.array([1.0, 1.0, 1.0, 0.61, 0.62], np.float32)
     happened = np.array([True, True, False, True, True])
     expected = 3 / 5 * abs(1 - 2 / 3) + 2 / 5 * abs(0.615 - 1)
