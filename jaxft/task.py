@@ -81,6 +81,7 @@ def classification(label_smoothing: float = 0.0, focal: float = 0.0, top_k: int 
     """
     label_smoothing, focal = _loss_options(label_smoothing, focal)
     check_count("top_k", top_k, 1)
+    top_k = int(top_k)
 
     def losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
         targets = optax.smooth_labels(targets, label_smoothing)
@@ -95,7 +96,7 @@ def classification(label_smoothing: float = 0.0, focal: float = 0.0, top_k: int 
     return Task(
         name="classification",
         target="class",
-        options={"label_smoothing": label_smoothing, "focal": focal, "top_k": int(top_k)},
+        options={"label_smoothing": label_smoothing, "focal": focal, "top_k": top_k},
         encode=lambda labels, num_outputs: jax.nn.one_hot(labels, num_outputs, dtype=jnp.float32),
         losses=losses,
         outputs=jax.nn.softmax,
