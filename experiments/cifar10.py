@@ -58,16 +58,17 @@ def main(
         image_size: height and width in pixels to which the images are enlarged; by default the net's native size.
         dtype: of the computation: float32, bfloat16; auto is bfloat16 on a GPU and float32 on a CPU.
     """
+    phase = Phase(epochs, schedule, optimizer, freeze)
     size = nets.spec(net).native_size[0] if image_size is None else image_size
     options = {} if net == "googlenet" and size == 224 else nets.any_size(net)  # its auxiliary heads take no other size
     dataset, count = cifar10.prepare(fetch.cache_folder())
     train, test = np.arange(count), np.arange(count, len(dataset))
     if subset:
         train, test = train[: SUBSET[0]], test[: SUBSET[1]]
-    model = load(net, len(dataset.classes), weights=weights, order=order, dtype=dtype, seed=run.seed, **options)
     sized = partial(Inputs, dataset, image_size=(size, size), batch_size=batch_size)
-    phase = Phase(epochs, schedule, optimizer, freeze)
-    trained, _ = finetune(model, task.classification(), sized(train), sized(test), [phase], run)
+    inputs = sized(train), sized(test)
+    model = load(net, len(dataset.classes), weights=weights, order=order, dtype=dtype, seed=run.seed, **options)
+    trained, _ = finetune(model, task.classification(), *inputs, [phase], run)
     if devices.is_writer():
         report.result(f"{net} on CIFAR-10, {size} pixels", run.folder, {"weights": trained.source["source"]})
 

@@ -67,14 +67,14 @@ def main(
         dtype: of the computation: float32, bfloat16; auto is bfloat16 on a GPU and float32 on a CPU.
         views: fixed augmented views of each image, which epochs take in turn; by default a new one at every step.
     """
+    phase = Phase(epochs, schedule, optimizer, freeze, clip_norm=clip_norm)
     dataset, is_standin = statefarm_data.open_data(data_dir, run.seed)
     train, held_out = split(dataset.groups, fold, folds, run.seed)
-    options = {"weights": weights, "order": order, "dtype": dtype, "seed": run.seed, **nets.any_size(net)}
-    model = load(net, len(dataset.classes), **options)
     sized = partial(Inputs, dataset, image_size=(image_size, image_size), batch_size=batch_size)
     moves = warp != augment.Warp()
     inputs = sized(train, augment=warp if moves else None, views=views if moves else None), sized(held_out)
-    phase = Phase(epochs, schedule, optimizer, freeze, clip_norm=clip_norm)
+    options = {"weights": weights, "order": order, "dtype": dtype, "seed": run.seed, **nets.any_size(net)}
+    model = load(net, len(dataset.classes), **options)
     trained, _ = finetune(model, task.classification(), *inputs, [phase], run, config={"fold": fold, "folds": folds})
     statefarm_data.show(f"{net} on held-out drivers", run, trained, is_standin)
 

@@ -30,7 +30,7 @@ from functools import partial
 import optax
 from tyro.conf import OmitArgPrefixes as Flat
 
-from jaxft import command, devices, fetch, optim, report, task
+from jaxft import command, devices, fetch, nets, optim, report, task
 from jaxft.data import Inputs, augment, elpv
 from jaxft.data.folds import stratified_split
 from jaxft.finetune import finetune
@@ -39,7 +39,7 @@ from jaxft.phase import Phase
 from jaxft.runs import Run
 
 PAPER = "88.42 % (VGG-19 from ImageNet, 300 pixels)"
-HEAD = {"fc": False, "hidden": (4096, 2048)}
+HEAD = "gap:4096,2048"
 WARP = augment.Warp(3.0, 0.02, 0.02, flip_horizontal=True, flip_vertical=True, quarter_turns=True)
 
 
@@ -54,10 +54,10 @@ def main(
     dtype: str = "auto",
     run: Flat[Run] = Run(pathlib.Path("runs/vgg16_elpv")),
 ) -> None:
-    """Fine-tune VGG16 or VGG19 to find defective solar cells, by the protocol of Deitsch et al. 2019.
+    """Fine-tune VGG16, or another net, to find defective solar cells, by the protocol of Deitsch et al. 2019.
 
     Args:
-        net: vgg16 or vgg19; the paper's is vgg19, for which there are ImageNet weights alone.
+        net: of the zoo; the paper's is vgg19, for which there are ImageNet weights alone.
         weights: auto, imagenet, hed-bsds500, none, or the path of a Keras weight file; auto is imagenet if reachable.
         freeze: what stays frozen in the second phase; the paper trains everything.
         image_size: height and width in pixels.
@@ -66,15 +66,16 @@ def main(
         batch_size: images a step.
         dtype: of the computation: float32, bfloat16; auto is bfloat16 on a GPU and float32 on a CPU.
     """
-    dataset = elpv.prepare(fetch.cache_folder())
-    train, held_out = stratified_split(dataset.strata, 0.75, run.seed)
-    model = load(net, len(dataset.classes), weights=weights, dtype=dtype, seed=run.seed, **HEAD)
-    sized = partial(Inputs, dataset, image_size=(image_size, image_size), batch_size=batch_size)
     phases = [
         Phase(head_epochs, optim.Constant(1e-3), optax.adam, frozen="all-but-head"),
         Phase(epochs, optim.Constant(5e-4), optim.SGD(momentum=0.9), frozen=freeze),
     ]
+    dataset = elpv.prepare(fetch.cache_folder())
+    train, held_out = stratified_split(dataset.strata, 0.75, run.seed)
+    sized = partial(Inputs, dataset, image_size=(image_size, image_size), batch_size=batch_size)
     inputs = sized(train, augment=WARP), sized(held_out)
+    options = {"weights": weights, "dtype": dtype, "seed": run.seed, **nets.head_options(net, HEAD)}
+    model = load(net, len(dataset.classes), **options)
     trained, _ = finetune(model, task.classification(), *inputs, phases, run, config={"split": "stratified"})
     if devices.is_writer():
         rows = {"the paper": PAPER, "weights": trained.source["source"]}

@@ -1,16 +1,16 @@
 """Orbax checkpoints of a run: saved while training goes on, restored strictly."""
 
 import dataclasses
-import math
 import pathlib
 import shutil
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers
+from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from jaxft import files
 from jaxft.train_state import TrainState
@@ -47,6 +47,17 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+@dataclasses.dataclass
+class _LastAndBest(preservation_policy.PreservationPolicy):
+    """Which checkpoints Orbax keeps: the last one, and what `of` calls the best."""
+
+    of: "Checkpoints"
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        last = max((found.step for found in checkpoints), default=None)
+        return [found.step in (last, self.of.best()) for found in checkpoints]
+
+
 class Checkpoints:
     """The checkpoints in one folder: the last and the best are kept.
 
@@ -60,20 +71,18 @@ class Checkpoints:
         """Opens `folder`: to read alone without `record`, else to write for the run of that record (JSON values)."""
         self.folder = folder.absolute()
         self.record = record
-        best = checkpoint_managers.BestN(
-            get_metric_fn=lambda metrics: metrics["metric"], reverse=True, n=1, keep_checkpoints_without_metrics=False
-        )
-        policy = checkpoint_managers.AnyPreservationPolicy([checkpoint_managers.LatestN(1), best])
+        self._best: int | None = None
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policy,
-            best_fn=best.get_metric_fn,
-            best_mode="min",
+            preservation_policy=_LastAndBest(self),
             cleanup_tmp_directories=record is not None,
             create=record is not None,
         )
         arrays = {name: ocp.StandardCheckpointHandler() for name in ("variables", "average", "optimizer")}
         handlers = {**arrays, "run": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+        latest = self.latest()
+        if latest is not None and (found := self._read_run(latest)).get("format") == FORMAT:
+            self._best = found["best"]
 
     def latest(self) -> int | None:
         """The step of the last whole checkpoint, read off the folder: Orbax's own list counts saves under way."""
@@ -82,19 +91,16 @@ class Checkpoints:
         return max((int(path.name) for path in self.folder.iterdir() if path.name.isdigit()), default=None)
 
     def best(self) -> int | None:
-        """The step of the checkpoint with the best monitored value; None where no value was a number."""
-        return self._manager.best_step()
+        """The step of the last checkpoint that was saved as the best; None if none was."""
+        return self._best
 
-    def save(
-        self, state: TrainState, progress: dict[str, Any], value: float | None = None, best: str = "lowest"
-    ) -> None:
+    def save(self, state: TrainState, progress: dict[str, Any], best: bool = False) -> None:
         """Starts to write `state` and the JSON values of `progress`.
 
         Args:
             state: as it is now; the next step may overwrite its buffers.
             progress: as `train.Progress`.
-            value: the monitored one, which competes for the best if it is a number; NaN is never best.
-            best: which value is, the lowest or the highest.
+            best: whether it is the best so far, which is kept until a better one comes.
 
         Raises:
             CheckpointError: the disk has no room, or an earlier save failed.
@@ -104,22 +110,22 @@ class Checkpoints:
         if step == self.latest():
             return
         self.require_room(state)
-        metric = None if value is None or math.isnan(value) else value if best == "lowest" else -value
-        run = {"format": FORMAT, "record": self.record, "progress": progress}
+        self._best = step if best else self._best
+        run = {"format": FORMAT, "record": self.record, "progress": progress, "best": self._best}
         items = {name: ocp.args.StandardSave(arrays) for name, arrays in _arrays(state).items()}
-        self._write(step, items, run, metric)
+        self._write(step, items, run)
 
     def save_variables(self, variables: Arrays, frozen: list[str]) -> None:
         """Writes the variables of a model alone, as step 0; `frozen` names its frozen layers."""
-        run = {"format": FORMAT, "record": self.record, "progress": {"frozen": frozen}}
+        run = {"format": FORMAT, "record": self.record, "progress": {"frozen": frozen}, "best": None}
         variables = {name: jax.tree.map(jnp.asarray, variables.get(name, {})) for name in ("params", "batch_stats")}
-        self._write(0, {"variables": ocp.args.StandardSave(variables)}, run, None)
+        self._write(0, {"variables": ocp.args.StandardSave(variables)}, run)
         self.wait()
 
-    def _write(self, step: int, items: dict[str, Any], run: dict[str, Any], metric: float | None) -> None:
+    def _write(self, step: int, items: dict[str, Any], run: dict[str, Any]) -> None:
         args = ocp.args.Composite(**items, run=ocp.args.JsonSave(files.strict(run)))
         try:
-            self._manager.save(step, args=args, metrics=None if metric is None else {"metric": metric})
+            self._manager.save(step, args=args)
         except (OSError, ValueError) as error:  # tensorstore reports a failed write as a ValueError
             raise CheckpointError(
                 f"the checkpoint of step {step} was not written ({error}); {self._remedy()}"
@@ -155,16 +161,18 @@ class Checkpoints:
         step = self.latest() if step is None else step
         if step is None:
             raise CheckpointError(f"{self.folder} holds no checkpoint")
-        items = {path.name for path in (self.folder / str(step)).iterdir()}
-        found = {}
-        if "variables" in items:
-            found = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
+        found = self._read_run(step)
         if found.get("format") != FORMAT:
             raise CheckpointError(
                 f"the checkpoint of step {step} in {self.folder} was written by a version of jaxft without phases, "
                 "or by another program; this version cannot go on from it. Use a new folder"
             )
         return found
+
+    def _read_run(self, step: int) -> dict[str, Any]:
+        if not (self.folder / str(step) / "variables").exists():  # of an earlier version
+            return {}
+        return self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
 
     def restore(self, template: TrainState, step: int | None = None) -> TrainState:
         """The state saved at `step` (the latest by default), laid out on devices as `template` is.

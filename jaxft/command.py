@@ -30,11 +30,18 @@ def run(main: Callable[..., Any]) -> None:
     several.add_argument("--processes", type=int)
     several.add_argument("--process", type=int)
     joined, rest = several.parse_known_args()
-    words = (word.partition("=") for word in rest)
-    rest = ["".join((ALIASES.get(flag, flag), equals, value)) for flag, equals, value in words]
+    if set(ALIASES) & {word.partition("=")[0] for word in rest}:
+        known = tyro.extras.get_parser(main).format_help()
+        words = (word.partition("=") for word in rest)
+        rest = [
+            (ALIASES[flag] if f"{ALIASES.get(flag)} " in known else flag) + equals + end for flag, equals, end in words
+        ]
     summary = (main.__doc__ or "").partition("\n")[0]
     with exits():
-        devices.initialise(joined.coordinator, joined.processes, joined.process)
+        try:
+            devices.initialise(joined.coordinator, joined.processes, joined.process)
+        except RuntimeError as error:
+            raise OSError(f"the processes of this run do not find each other: {error}") from error
         tyro.cli(main, args=rest, description=f"{summary}\n\n{PROCESSES}")
 
 

@@ -10,9 +10,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxft import devices, features, preprocess, runs, train
-from jaxft.data import Images, Inputs, loader
+from jaxft.data import Images, Inputs, augment, loader
 from jaxft.data.rows import Rows
 from jaxft.predict import Batch, Predictions, Variables, evaluate, make_eval_step
+from jaxft.provenance import describe
 from jaxft.task import Task
 from jaxft.train import Dispatch
 from jaxft.train_state import TrainState
@@ -119,6 +120,8 @@ def make(
     inputs, weighted, outputs = train_side.inputs, list(state.params), len(train_side.inputs.dataset.classes)
     repeats = inputs.mix is None and (inputs.augment is None or inputs.views is not None)
     stage = features.cut(net, weighted) if repeats else None
+    if run.cache_features == "on" and jax.process_count() > 1:
+        raise ValueError("cache_features=on works in one process alone; leave it at auto where there are several")
     if stage is None and run.cache_features == "on":
         raise ValueError(
             "cache_features=on needs a first stage that is wholly frozen, without dropout or auxiliary heads, and "
@@ -174,7 +177,7 @@ def prepare(inputs: Inputs, preprocessing: str) -> train.Prepare:
         keys = jax.random.split(key)
         for change, its_key in zip((inputs.augment, inputs.mix), keys, strict=True):
             if change is not None:
-                images, labels = change(its_key, images.astype(jnp.float32), labels)
+                images, labels = augment.applied(change, its_key, images.astype(jnp.float32), labels)
         return normalise(images), labels
 
     return prepared
@@ -223,7 +226,7 @@ def _open_cache(
         inputs = side.inputs
         made = {"data": inputs.dataset.fingerprint, "size": inputs.image_size, "scaled": inputs.scaled_decode}
         if view is not None:
-            made |= {"augment": runs.describe(inputs.augment), "seed": run.seed}
+            made |= {"augment": describe(inputs.augment), "seed": run.seed}
         return features.Wanted(made, view, indices, len(inputs.dataset), side.batches)
 
     if views is None and _alike(train_side.inputs, held_out.inputs):

@@ -71,9 +71,11 @@ def finetune(
         train.Diverged, train.Stopped, train.OutOfMemory: as `train.fit`.
     """
     began = time.perf_counter()
+    config = {} if config is None else config
+    _check_kinds(model, task, train, held_out, run, config)
     nets = _check(model, task, train, held_out, phases)
     runs.require_writable(run.folder)
-    record = runs.record(model, task, train, held_out, phases, run, config or {})
+    record = runs.record(model, task, train, held_out, phases, run, config)
     keep_programs()
     goal = dataclasses.replace(
         model,
@@ -86,29 +88,34 @@ def finetune(
     with closing(Checkpoints(run.folder / "checkpoints", record)) as checkpoints:
         progress = _resume(run, record, checkpoints, phases)
         kept = _train(goal, nets, (train, held_out), phases, run, checkpoints, progress)
-        ended, predictions, row = _end(goal, nets, held_out, run, checkpoints, progress, kept)
+        ended, predictions, row, which = _end(goal, nets, held_out, run, checkpoints, progress, kept)
     if devices.is_writer():
         report.write_predictions(run.folder / "predictions.csv", predictions, held_out.dataset)
         _pictures(run, task, train, held_out, predictions, progress.history)
         summary = _summary(task, predictions, progress, row, (train, held_out), record)
-        summary["kept"] = {"which": run.keep, "epoch": row["epoch"], "step": row["step"]}
+        summary["kept"] = {"which": which, "epoch": row["epoch"], "step": row["step"]}
         summary["seconds_in_this_process"] = round(time.perf_counter() - began, 1)
         files.write_json(run.folder / "summary.json", summary)
-        files.write_json(run.folder / "model.json", goal.trained() | {"keep": run.keep})  # which may be another now
+        files.write_json(run.folder / "model.json", goal.trained(run.keep))  # which may be another now
     devices.barrier("the run is written")
     return ended, predictions
 
 
-def _check(model: Model, task: Task, train: Inputs, held_out: Inputs, phases: Sequence[Phase]) -> list[Any]:
-    """The net of each phase, its frozen layers named; refuses what does not fit together before anything is done."""
+def _check_kinds(model: Any, task: Any, train: Any, held_out: Any, run: Any, config: Any) -> None:
     for name, value, kind in (
         ("model", model, Model),
         ("task", task, Task),
         ("train", train, Inputs),
         ("held_out", held_out, Inputs),
+        ("run", run, Run),
+        ("config", config, Mapping),
     ):
         if not isinstance(value, kind):
             raise ValueError(f"{name} is a {type(value).__name__}, expected a {kind.__module__}.{kind.__qualname__}")
+
+
+def _check(model: Model, task: Task, train: Inputs, held_out: Inputs, phases: Sequence[Phase]) -> list[Any]:
+    """The net of each phase, its frozen layers named; refuses what does not fit together before anything is done."""
     if not isinstance(phases, Sequence) or not phases or not all(isinstance(phase, Phase) for phase in phases):
         raise ValueError(f"phases={phases!r} must be one Phase or more, in a list")
     for inputs, name in ((train, "train"), (held_out, "held_out")):
@@ -125,11 +132,28 @@ def _check(model: Model, task: Task, train: Inputs, held_out: Inputs, phases: Se
             f"the classes of train, {', '.join(train.dataset.classes)}, are not those of held_out, "
             f"{', '.join(held_out.dataset.classes)}; give both the same, in the same order"
         )
+    if changes := [name for name in ("augment", "mix", "views") if getattr(held_out, name) is not None]:
+        raise ValueError(f"held_out has {', '.join(changes)}: it is judged as it is; give them to train alone")
     train.steps_per_epoch  # noqa: B018 - raises for a batch that is larger than the set
     for warning in overlap(train, held_out):
         devices.say(f"WARNING: {warning}")
+    if model.task is None and model.net.frozen and phases[0].frozen == "none":
+        raise ValueError(
+            f"the net is frozen in {len(model.net.frozen)} layers, but the first phase freezes none; say it "
+            "in the phases alone: Phase(frozen=...)"
+        )
     params = model.variables["params"]
-    return [model.net.clone(frozen=masking.frozen_layers(model.net, phase.frozen, params)) for phase in phases]
+    nets = [model.net.clone(frozen=masking.frozen_layers(model.net, phase.frozen, params)) for phase in phases]
+    state: Any = None
+    for number, (phase, net) in enumerate(zip(phases, nets, strict=True), 1):  # as shapes alone
+        try:
+            if state is None:
+                state = jax.eval_shape(lambda variables: train_state.create(net, variables, phase), model.variables)  # noqa: B023
+            else:
+                state = jax.eval_shape(lambda before: train_state.next_phase(before, net, phase), state)  # noqa: B023
+        except ValueError as error:
+            raise ValueError(f"phase {number}: {error}" if len(phases) > 1 else str(error)) from error
+    return nets
 
 
 def _resume(run: Run, record: dict[str, Any], checkpoints: Checkpoints, phases: Sequence[Phase]) -> Progress:
@@ -165,15 +189,22 @@ def _train(
     task, per_epoch = goal.task, inputs[0].steps_per_epoch
     assert task is not None
     for number, (phase, net) in enumerate(zip(phases, nets, strict=True)):
-        monitor = f"{'val' if phase.average is None else 'average'}_{task.monitor}"
         plan = Plan(
-            phase, number, per_epoch, inputs[0].batch_size, monitor, task.best, run.save_every, mesh, net is nets[-1]
+            phase,
+            number,
+            per_epoch,
+            inputs[0].batch_size,
+            task.monitor,
+            task.best,
+            run.save_every,
+            mesh,
+            final=net is nets[-1],
         )
         if number < progress.phase or (net is nets[-1] and plan.over(progress.history)):
             continue
         if sides is None:
             sides = feed.decode(*inputs)
-            runs.write_record(run.folder, record=checkpoints.record or {}, model=goal.trained() | {"keep": run.keep})
+            runs.write_record(run.folder, record=checkpoints.record or {}, model=goal.trained(run.keep))
         if number > progress.phase:
             progress.phase, progress.sums = number, {}
         progress.frozen = sorted(net.frozen)
@@ -224,16 +255,18 @@ def _end(
     checkpoints: Checkpoints,
     progress: Progress,
     kept: Mapping[int, Predictions],
-) -> tuple[Model, Predictions, dict[str, Any]]:
-    """The model that the run ends with, its predictions, and the row of its epoch."""
-    step = checkpoints.best() if run.keep == "best" else None
-    step = checkpoints.latest() if step is None else step
+) -> tuple[Model, Predictions, dict[str, Any], str]:
+    """The model that the run ends with, its predictions, the row of its epoch, and which state it is."""
+    best = checkpoints.best() if run.keep == "best" else None
+    if run.keep == "best" and best is None:
+        devices.say("WARNING: the monitored figure was never a number, so the last state is kept, not the best")
+    step = checkpoints.latest() if best is None else best
     assert step is not None
     row = next(row for row in progress.history if row["step"] == step)
     net = nets[row["phase"] - 1]
     ended = dataclasses.replace(goal, net=net, variables=checkpoints.variables(step))
     predictions = kept[step] if step in kept else ended.predict(held_out.dataset, held_out.indices)
-    return ended, predictions, row
+    return ended, predictions, row, "last" if best is None else "best"
 
 
 def _pictures(

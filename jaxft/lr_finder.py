@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft import devices, feed, masking, optim, report, train, train_state
+from jaxft.checks import check_count, check_real
 from jaxft.data import Inputs, loader
 from jaxft.model import Model
 from jaxft.phase import Phase
@@ -50,7 +51,7 @@ def find(
 
     Args:
         model, task, inputs: as of `finetune.finetune`.
-        phase: its schedules give the ratios of the groups alone.
+        phase: of its schedules, only the ratios of the groups' highest rates count.
         seed: of the order of images, augmentation and dropout.
         picture: a file for the curve, PNG.
         limits: `lowest`, `highest` and `steps` of `range_test`.
@@ -59,8 +60,12 @@ def find(
         ValueError: as `range_test`, `train_state.create` and `task.check`.
     """
     check(task, inputs.dataset, model.net.num_classes)
-    rates = phase.rates(0)
-    ones = {label: optim.Scaled(optim.Constant(1.0), rate / max(rates.values())) for label, rate in rates.items()}
+    check_count("seed of a range test", seed, 0)
+    if picture is not None and not pathlib.Path(picture).expanduser().absolute().parent.is_dir():
+        raise ValueError(f"the folder of picture={str(picture)!r} does not exist; make it first")
+    updates = np.linspace(0, phase.epochs * inputs.steps_per_epoch - 1, 50).astype(int).tolist()
+    peaks = {label: max(phase.rates(update)[label] for update in updates) for label in phase.rates(0)}
+    ones = {label: optim.Scaled(optim.Constant(1.0), peak / max(peaks.values())) for label, peak in peaks.items()}
     phase = dataclasses.replace(phase, schedule=ones if len(ones) > 1 else optim.Constant(1.0))
     net = model.net.clone(frozen=masking.frozen_layers(model.net, phase.frozen, model.variables["params"]))
     mesh = devices.mesh()
@@ -103,9 +108,9 @@ def range_test(
     Source: Smith 2015, "Cyclical Learning Rates for Training Neural Networks"; the steepest descent for a suggestion is
     fastai's.
     """
-    optim.check_count("steps of a range test", steps, 10)
-    optim.check_real("lowest", lowest, lambda rate: rate > 0, "a finite rate above 0")
-    optim.check_real("highest", highest, lambda rate: rate > lowest, f"a finite rate above lowest={lowest}")
+    check_count("steps of a range test", steps, 10)
+    check_real("lowest", lowest, lambda rate: rate > 0, "a finite rate above 0")
+    check_real("highest", highest, lambda rate: rate > lowest, f"a finite rate above lowest={lowest}")
     phase = state.tx.phase
     if max(phase.rates(0).values()) != 1.0 or phase.rates(0) != phase.rates(steps):
         raise ValueError(f"a range test sets the rate itself: make its phase with optim.Constant(1.0), not {phase!r}")

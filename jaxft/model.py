@@ -15,9 +15,11 @@ from jaxft.checkpoint import Checkpoints
 from jaxft.data import Dataset, Inputs, loader
 from jaxft.predict import Predictions, evaluate
 from jaxft.pretrained import Weights
+from jaxft.provenance import describe
 from jaxft.task import TASKS, Task
 
 FORMAT = 1  # of model.json
+FUNCTIONS = ("encode", "losses", "outputs", "score", "metrics")  # of a task
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -33,7 +35,7 @@ class Model:
         task: what it was trained for.
         classes: the names of its outputs.
         image_size: (height, width) in pixels.
-        batch_size: of prediction; another one may round otherwise.
+        batch_size: of prediction; another one may round differently.
         scaled_decode: as of `Inputs`.
     """
 
@@ -51,7 +53,7 @@ class Model:
     def __post_init__(self):
         preprocess.get(self.preprocessing)
         if not isinstance(self.net, nn.Module):
-            raise ValueError(f"net={self.net!r} is no Flax module; make one with nets.create(NAME, NUM_CLASSES)")
+            raise ValueError(f"net={self.net!r} is not a Flax module; make one with nets.create(NAME, NUM_CLASSES)")
         if "params" not in self.variables:
             raise ValueError(f'variables hold {sorted(self.variables)}; expected {{"params": …, "batch_stats": …}}')
 
@@ -66,11 +68,12 @@ class Model:
         net = type(self.net).__qualname__ if self.name is None else self.name
         return {"net": net, "options": options, "preprocessing": self.preprocessing, "source": dict(self.source)}
 
-    def trained(self) -> dict[str, Any]:
-        """What `model.json` says: `description` and what is known of a trained model."""
-        task = None if self.task is None else {"name": self.task.name, "options": dict(self.task.options)}
-        if self.task is not None and task is not None:
-            task |= {"monitor": self.task.monitor, "best": self.task.best}
+    def trained(self, keep: str = "last") -> dict[str, Any]:
+        """What `model.json` says: `description`, what is known of a trained model, and which state `open` takes."""
+        task = None
+        if self.task is not None:
+            task = {name: getattr(self.task, name) for name in ("name", "monitor", "best")}
+            task |= {"options": dict(self.task.options), "replaced": _replaced(self.task)}
         return {
             "format": FORMAT,
             **self.description(),
@@ -80,6 +83,7 @@ class Model:
             "image_size": None if self.image_size is None else list(self.image_size),
             "batch_size": self.batch_size,
             "scaled_decode": self.scaled_decode,
+            "keep": keep,
         }
 
     def predict(self, images: Dataset | Sequence[bytes | np.ndarray], indices: np.ndarray | None = None) -> Predictions:
@@ -128,9 +132,15 @@ class Model:
             files.write_json(folder / "model.json", self.trained())
 
 
+def _replaced(task: Task) -> list[str]:
+    """The functions of a task that are not those that its name and options make."""
+    made = TASKS[task.name](**task.options)
+    return [name for name in FUNCTIONS if describe(getattr(task, name)) != describe(getattr(made, name))]
+
+
 def unlabelled(images: Sequence[bytes | np.ndarray], classes: Sequence[str], target: str) -> Dataset:
     """A dataset of images whose labels are unknown; `target` and `classes` are those of the task to come."""
-    names = tuple(f"image {number}" for number in range(len(images)))
+    names = tuple(map(str, range(len(images))))
     shape = (len(images),) if target == "class" else (len(images), len(classes))
     labels = np.full(shape, np.nan, np.float32) if target == "values" else np.full(shape, -1, np.int32)
     return Dataset("images", images, labels, names, names, tuple(classes), target)  # type: ignore[arg-type]
@@ -144,7 +154,7 @@ def load(
     order: str = "auto",
     dtype: Any = "auto",
     seed: int = 0,
-    report: bool = True,
+    ignore: Sequence[str] = (),
     **options: Any,
 ) -> Model:
     """A net of the zoo for a new task, filled from a Keras weight file.
@@ -157,7 +167,7 @@ def load(
         order: kernel ordering of the file, as in `port_weights.load`.
         dtype: of the computation: float32, bfloat16, or "auto": bfloat16 on a GPU or TPU and float32 on a CPU.
         seed: of layers that the file does not fill.
-        report: whether to print what filled what.
+        ignore: patterns of layers of the file that the net has no place for, as in `port_weights.load`.
         options: further fields of the net's class: `hidden`, `dropout`, `fc` of VGG.
 
     Raises:
@@ -174,10 +184,16 @@ def load(
         told = f"{name} starts from random weights (seed {seed})"
     else:
         variables, told = port_weights.load(
-            name, weights.path, num_classes=num_classes, order=order, seed=seed, ignore=weights.ignore, **options
+            name,
+            weights.path,
+            num_classes=num_classes,
+            order=order,
+            seed=seed,
+            ignore=(*weights.ignore, *ignore),
+            **options,
         )
-    if report:
-        devices.say(str(told))
+    devices.say(str(told))
+    variables = {kind: variables.get(kind, {}) for kind in ("params", "batch_stats")}
     return Model(net, variables, weights.preprocessing, name, weights.record())
 
 
@@ -194,6 +210,7 @@ def open(
     *,
     average: bool = True,
     net: Any = None,
+    task: Task | None = None,
 ) -> Model:
     """The model that a run, or `Model.save`, left in a folder; nothing of the experiment is needed.
 
@@ -202,10 +219,12 @@ def open(
         which: the state with the best monitored value, or the last one. By default what the run ended with.
         average: take the averaged weights, where the run kept any.
         net: the module, for a net that is not of the zoo: a folder holds data and no code.
+        task: for the same reason, a task with functions of one's own; without it all but `outputs`, which must be
+            given, are those of `jaxft.task`.
 
     Raises:
         FileNotFoundError: there is no such folder, or no model in it.
-        ValueError: `which` is neither, `model.json` is none, or the net is needed and not given.
+        ValueError: `which` is neither, `model.json` is damaged, or a net or task is needed and not given.
         CheckpointError: there is no checkpoint, or one of an earlier version.
     """
     folder = pathlib.Path(folder).expanduser()
@@ -218,9 +237,26 @@ def open(
     saved = files.read_json(folder / "model.json")
     if not isinstance(saved, dict) or saved.get("format") != FORMAT:
         raise ValueError(f"{folder / 'model.json'} is not of this version of jaxft (format {FORMAT})")
+    try:
+        if net is None:
+            if not saved["zoo"]:
+                raise ValueError(f"it holds a {saved['net']}, which is not of the zoo: give it as net=")
+            net = nets.from_options(saved["net"], saved["options"])
+        known = {
+            "preprocessing": saved["preprocessing"],
+            "name": saved["net"] if saved["zoo"] else None,
+            "source": saved["source"],
+            "task": _task(saved["task"]) if task is None else task,
+            "classes": tuple(saved["classes"]),
+            "image_size": None if saved["image_size"] is None else tuple(saved["image_size"]),
+            "batch_size": saved["batch_size"],
+            "scaled_decode": saved["scaled_decode"],
+        }
+        wanted = which or saved["keep"]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{folder / 'model.json'} cannot be opened: {error}") from error
     checkpoints = Checkpoints(folder / "checkpoints")
     try:
-        wanted = which or saved.get("keep", "last")
         step = checkpoints.best() if wanted == "best" else None
         step = checkpoints.latest() if step is None else step
         frozen = frozenset(checkpoints.run(step)["progress"]["frozen"])
@@ -228,25 +264,16 @@ def open(
         variables = checkpoints.variables(step, average)
     finally:
         checkpoints.close()
-    if net is None:
-        if not saved["zoo"]:
-            raise ValueError(f"{folder} holds a {saved['net']}, which is not of the zoo: give it as net=")
-        net = nets.from_options(saved["net"], saved["options"])
-    task = saved["task"]
-    if task is not None:
-        if task["name"] not in TASKS:
-            raise ValueError(f"{folder / 'model.json'} names the task {task['name']!r}; known are {', '.join(TASKS)}")
-        made = TASKS[task["name"]](**task["options"])
-        task = dataclasses.replace(made, monitor=task["monitor"], best=task["best"])
-    return Model(
-        net.clone(frozen=frozen),
-        variables,
-        saved["preprocessing"],
-        saved["net"] if saved["zoo"] else None,
-        saved["source"],
-        task,
-        tuple(saved["classes"]),
-        None if saved["image_size"] is None else tuple(saved["image_size"]),
-        saved["batch_size"],
-        saved["scaled_decode"],
-    )
+    return Model(net.clone(frozen=frozen), variables, **known)
+
+
+def _task(saved: Mapping[str, Any] | None) -> Task | None:
+    """The task that `model.json` names, made by this version's own functions."""
+    if saved is None:
+        return None
+    if saved["name"] not in TASKS:
+        raise ValueError(f"it names the task {saved['name']!r}; known are {', '.join(TASKS)}")
+    if "outputs" in saved["replaced"]:  # without which the predictions would be others
+        raise ValueError(f"its task has functions of its own ({', '.join(saved['replaced'])}): give it as task=")
+    made = TASKS[saved["name"]](**saved["options"])
+    return dataclasses.replace(made, monitor=saved["monitor"], best=saved["best"])

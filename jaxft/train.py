@@ -89,7 +89,7 @@ class Plan:
     Attributes:
         phase, number: the phase and its number in the run.
         steps_per_epoch, batch_size: of every epoch of the run; images a step.
-        monitor: the column of the history that is judged, and `best` which of its values is.
+        monitor: the figure of the task that is judged, and `best` which of its values is.
         save_every: steps between checkpoints beside those at epochs' ends; None for none.
         mesh: the devices that share each batch.
         final: whether the run ends with this phase.
@@ -107,8 +107,11 @@ class Plan:
 
     def values(self, history: Sequence[Mapping[str, Any]]) -> list[float]:
         """The monitored value of each epoch of this phase, in order; NaN where it is undefined."""
-        found = (row[self.monitor] for row in history if row["phase"] == self.number + 1)
-        return [math.nan if value is None else value for value in found]
+        return [judged(row, self.monitor) for row in history if row["phase"] == self.number + 1]
+
+    def improved(self, history: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether the last epoch is the best of the run so far; one that only equals the best is not."""
+        return best_place([judged(row, self.monitor) for row in history], self.best) == len(history) - 1
 
     def first_step(self, history: Sequence[Mapping[str, Any]]) -> int:
         """The run's step at which the phase begins."""
@@ -125,6 +128,12 @@ class Plan:
     def lr_scale(self, history: Sequence[Mapping[str, Any]]) -> float:
         """The factor of the rates after the last epoch, which a schedule that watches the values may lower."""
         return self.phase.lr_scale(self.values(history), self.best)
+
+
+def judged(row: Mapping[str, Any], monitor: str) -> float:
+    """The figure called `monitor` of an epoch: of the averaged weights where there are any; NaN if it is undefined."""
+    value = row.get(f"average_{monitor}", row.get(f"val_{monitor}"))
+    return math.nan if value is None else value
 
 
 def best_place(values: Sequence[float], best: str) -> int | None:
@@ -275,15 +284,15 @@ def fit(
                 continue
             settle()
             meter.pause()
-            value = None
+            is_best = False
             if ends_epoch:
                 row = _row(plan, step, step - 1 - first, state, meter)
                 meter = Meter()
                 judge(state, row)
                 progress.history.append(row)
-                value, state = row[plan.monitor], _rescaled(state, plan, progress)
+                is_best, state = plan.improved(progress.history), _rescaled(state, plan, progress)
             progress.sums = meter.sums
-            checkpoints.save(state, dataclasses.asdict(progress), value, plan.best)
+            checkpoints.save(state, dataclasses.asdict(progress), is_best)
             if stops:
                 break
         checkpoints.wait()
@@ -322,10 +331,11 @@ def _compiled(train_step: TrainStep, state: TrainState, batch: Batch, batch_size
 def _require_finite(losses: np.ndarray, step: int, checkpoints: Checkpoints) -> None:
     losses = np.ravel(losses)
     if not np.isfinite(losses).all():
+        checkpoints.wait()
         latest = checkpoints.latest()
         kept = "no checkpoint was saved" if latest is None else f"the checkpoint of step {latest} is intact"
         bad = losses[~np.isfinite(losses)][0]
-        raise Diverged(f"the loss became {bad} by step {step}; {kept}. Try a lower learning rate")
+        raise Diverged(f"the loss became {bad} by step {step}; {kept}. Try a lower learning rate, in another folder")
 
 
 def _note(plan: Plan, step: int, first: int, meter: Meter) -> str:
@@ -336,7 +346,9 @@ def _note(plan: Plan, step: int, first: int, meter: Meter) -> str:
 
 def _row(plan: Plan, step: int, update: int, state: TrainState, meter: Meter) -> dict[str, Any]:
     """The training half of an epoch's row; `update` is the phase's last update, whose rates are shown."""
-    rates = plan.phase.rates(update, float(state.lr_scale))
+    used = set(state.labels.values())
+    found = plan.phase.rates(update, float(state.lr_scale))
+    rates = {label: rate for label, rate in found.items() if label in used}
     means = meter.means()
     names = {label: "lr" if len(rates) == 1 else f"lr_{label}" for label in rates}
     return {

@@ -44,7 +44,6 @@ def require_strict_json(folder):
     files = [
         *folder.glob("*.json"),
         *folder.glob("checkpoints/*/run/metadata"),
-        *folder.glob("checkpoints/*/metrics/m*"),
     ]
     for file in files:
         read_json(file)

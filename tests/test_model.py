@@ -114,7 +114,7 @@ def test_save_and_open(whole, tmp_path, net):
 
 def test_a_net_of_the_zoo_needs_no_code(tmp_path):
     """Bug: the options of the net, its dtype among them, are lost, and the folder needs the caller to know them."""
-    made = model.load("vgg16", 3, weights="none", fc=False, hidden=(4,), dropout=0.25, report=False)
+    made = model.load("vgg16", 3, weights="none", fc=False, hidden=(4,), dropout=0.25)
     made.save(tmp_path / "saved")
     opened = model.open(tmp_path / "saved")
     assert opened.name == "vgg16" and opened.net == made.net
@@ -186,9 +186,9 @@ def test_what_is_no_model():
 
 def test_load_prepares_what_finetune_takes(tmp_path):
     """Bug: the seed does nothing, or `num_classes=None` loses the published head."""
-    made = model.load("vgg16", 5, weights="none", fc=False, seed=3, report=False)
+    made = model.load("vgg16", 5, weights="none", fc=False, seed=3)
     assert made.net.num_classes == 5 and made.name == "vgg16" and made.task is None
-    other = model.load("vgg16", weights="none", fc=False, report=False)
+    other = model.load("vgg16", weights="none", fc=False)
     assert other.net.num_classes == nets.spec("vgg16").num_classes
     kernels = [side.variables["params"]["block1_conv1"]["kernel"] for side in (made, other)]
     assert not np.array_equal(*kernels)  # of another seed
@@ -202,4 +202,4 @@ def test_compute_dtype(monkeypatch):
     for name in ("float32", "bfloat16"):
         assert jnp.dtype(model.compute_dtype(name)) == jnp.dtype(name)
     with pytest.raises(ValueError, match="float16"):
-        model.load("vgg16", 3, weights="none", dtype="float16", report=False)
+        model.load("vgg16", 3, weights="none", dtype="float16")

@@ -17,7 +17,8 @@ import tiny
 from jaxft import files, model, optim, runs, task
 from jaxft.data import Inputs, augment, mix, order
 from jaxft.phase import Phase
-from jaxft.runs import Run, describe
+from jaxft.provenance import describe, digest
+from jaxft.runs import Run
 
 RATE = 0.1
 
@@ -235,8 +236,8 @@ def test_the_folder_of_a_run(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"folder": None}, "folder=None is no path"),
-        ({"folder": 3}, "folder=3 is no path"),
+        ({"folder": None}, "folder=None is not a path"),
+        ({"folder": 3}, "folder=3 is not a path"),
         ({"seed": -1}, "seed=-1 of the run"),
         ({"seed": 1.5}, "seed=1.5"),
         ({"seed": True}, "seed=True"),
@@ -279,10 +280,8 @@ def test_the_digest_of_arrays():
         {"a": tree["a"], "b": np.zeros(2, np.int32)},
         {"a": tree["a"], "c": tree["b"]},
     ]
-    assert (
-        runs.digest(dict(reversed(tree.items()))) == runs.digest(tree) == runs.digest(jax.tree.map(jnp.asarray, tree))
-    )
-    assert len({runs.digest(other) for other in [tree, *others]}) == 5
+    assert digest(dict(reversed(tree.items()))) == digest(tree) == digest(jax.tree.map(jnp.asarray, tree))
+    assert len({digest(other) for other in [tree, *others]}) == 5
 
 
 def test_a_description_of_an_own_net_has_its_settings():

@@ -252,7 +252,7 @@ def run(folder, *, phase=None, number=0, final=True, batches=singles, save_every
         if checkpoints.latest() is not None:
             progress = train.Progress(**checkpoints.run()["progress"])
             state = checkpoints.restore(state)
-        plan = train.Plan(phase, number, 4, 8, "val_loss", "lowest", save_every, mesh, final)
+        plan = train.Plan(phase, number, 4, 8, "loss", "lowest", save_every, mesh, final)
         state = train.fit(state, train_step or make_step(), batches, plan, progress, checkpoints, judge)
         return state, progress.history
     finally:
