@@ -30,12 +30,7 @@ def run(main: Callable[..., Any]) -> None:
     several.add_argument("--processes", type=int)
     several.add_argument("--process", type=int)
     joined, rest = several.parse_known_args()
-    if set(ALIASES) & {word.partition("=")[0] for word in rest}:
-        known = tyro.extras.get_parser(main).format_help()
-        words = (word.partition("=") for word in rest)
-        rest = [
-            (ALIASES[flag] if f"{ALIASES.get(flag)} " in known else flag) + equals + end for flag, equals, end in words
-        ]
+    rest = _renamed(main, rest)
     summary = (main.__doc__ or "").partition("\n")[0]
     with exits():
         try:
@@ -43,6 +38,16 @@ def run(main: Callable[..., Any]) -> None:
         except RuntimeError as error:
             raise OSError(f"the processes of this run do not find each other: {error}") from error
         tyro.cli(main, args=rest, description=f"{summary}\n\n{PROCESSES}")
+
+
+def _renamed(main: Callable[..., Any], words: list[str]) -> list[str]:
+    """The command line with the flags of `main` in place of the words that people try for them."""
+    pairs = [word.partition("=") for word in words]
+    if not set(ALIASES) & {flag for flag, _, _ in pairs}:
+        return words
+    known = tyro.extras.get_parser(main).format_help()
+    names = {flag: name for flag, name in ALIASES.items() if f"{name} " in known}
+    return ["".join((names.get(flag, flag), equals, value)) for flag, equals, value in pairs]
 
 
 @contextmanager
