@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jaxft.optim import Schedule
 from jaxft.phase import Phase
 
 # What holds the counts that schedules are read at; the second is that of `optax.inject_hyperparams`.
-SCHEDULE_STATES = (optax.ScaleByScheduleState, type(optax.schedules.WrappedSchedule(lambda count: 0.0).init()))
+SCHEDULE_STATES = (optax.ScaleByScheduleState, get_type_hints(optax.schedules.WrappedSchedule.init)["return"])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -7,6 +7,7 @@ import pathlib
 import socket
 import subprocess
 import sys
+import textwrap
 from concurrent.futures import ThreadPoolExecutor
 
 import flax
@@ -361,3 +362,17 @@ def test_a_whole_run_of_two_processes(port, tmp_path):
         rows = csv.DictReader((tmp_path / name / "history.csv").read_text(encoding="utf-8").splitlines())
         assert [(row["epoch"], row["step"]) for row in rows] == [("1", "4"), ("2", "8"), ("3", "12")]
     assert not [path for path in (tmp_path / "both").rglob("*") if path.name.endswith((".part", "probe"))]
+
+
+def test_importing_computes_nothing():
+    """Bug: a module computes while it is imported, after which no process can join others any more."""
+    code = """
+        import importlib, pkgutil
+        import jaxft
+        for found in pkgutil.walk_packages(jaxft.__path__, "jaxft."):
+            importlib.import_module(found.name)
+        from jax._src import xla_bridge
+        assert not xla_bridge.backends_are_initialized()
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr

@@ -24,6 +24,7 @@ from jaxft import finetune, model, optim, task, train
 from jaxft.checkpoint import CheckpointError, Checkpoints
 from jaxft.data import Inputs, augment, mix, order
 from jaxft.phase import Phase
+from jaxft.runs import Run
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
 quick = pytest.mark.usefixtures("no_pictures")
@@ -630,3 +631,84 @@ def test_a_home_folder_as_the_folder_of_a_run(tmp_path, monkeypatch):
     assert (tmp_path / "home" / "runs" / "first" / "summary.json").exists()
     assert model.open("~/runs/first", net=tiny.Tiny()).classes == tiny.CLASSES
     assert not (tmp_path / "~").exists()
+
+
+CONSTANT = optim.Constant(0.05)
+
+
+@quick
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        (Phase(1, CONSTANT, groups={"top": "from:foo"}), "phase 2: .*foo"),
+        (Phase(1, CONSTANT, groups={"a": "from:stem", "b": "stage:body"}), "phase 2: .*conv2"),
+        (Phase(1, CONSTANT, frozen=".*"), "phase 2: .*nothing to train"),
+        (Phase(1, lambda count: float(count)), "phase 2: .*"),
+        (Phase(1, CONSTANT, optax.adam, momentum="carry"), "phase 2: .*carr"),
+    ],
+)
+def test_a_later_phase_that_cannot_be_is_refused_before_the_first_is_trained(tmp_path, second, message):
+    """Bug: hours of the first phase are trained, and the second, once corrected, is refused as another run."""
+    with pytest.raises(ValueError, match=message):
+        tiny.run(tmp_path / "run", [Phase(1, CONSTANT), second])
+    assert not (tmp_path / "run").exists()
+
+
+@quick
+def test_the_first_of_equal_best_values_is_the_best(tmp_path):
+    """Bug: checkpoints take the last of equal values for the best, patience and pictures the first."""
+    tiny.run(tmp_path / "run", [Phase(4, CONSTANT)], goal=tiny.scored([2.0, 1.0, 1.0, 1.0, 9.0]))
+    assert read_json(tmp_path / "run" / "summary.json")["kept"] == {"which": "best", "epoch": 2, "step": 4}
+
+
+@quick
+def test_the_last_state_is_not_called_the_best(tmp_path, capsys):
+    """Bug: the monitored figure was never a number, and the summary says that the best state was kept."""
+    tiny.run(tmp_path / "run", [Phase(2, CONSTANT)], goal=tiny.scored([math.nan] * 3))
+    assert "WARNING: the monitored figure was never a number" in capsys.readouterr().out
+    assert read_json(tmp_path / "run" / "summary.json")["kept"] == {"which": "last", "epoch": 2, "step": 4}
+
+
+@quick
+def test_a_group_that_is_wholly_frozen_has_no_rate(tmp_path):
+    """Bug: the history shows a rate of layers that nothing trains."""
+    groups, schedules = {"below": "stage:stem"}, {"trainable": CONSTANT, "below": optim.Constant(0.01)}
+    tiny.run(tmp_path / "run", [Phase(1, schedules, groups=groups, frozen="through:stem")])
+    assert {name for name in tiny.history(tmp_path / "run")[0] if name.startswith("lr")} == {"lr"}
+
+
+@quick
+def test_what_is_said_twice_or_to_the_wrong_side_is_refused(tmp_path):
+    """Bug: the net's own frozen layers, or the augmentation of held-out images, are dropped without a word."""
+    with pytest.raises(ValueError, match="say it in the phases alone"):
+        tiny.run(tmp_path / "a", [ONE], start=tiny.model(tiny.Tiny(frozen=frozenset({"conv1", "bn1"}))))
+    data, indices = tiny.dataset(), np.arange(30)
+    sides = Inputs(data, indices[:20], (8, 8), 4), Inputs(data, indices[20:], (8, 8), 4, augment=tiny.Noise())
+    with pytest.raises(ValueError, match="held_out has augment"):
+        finetune.finetune(tiny.model(), task.classification(), *sides, [ONE], Run(tmp_path / "b"))
+    with pytest.raises(ValueError, match="run is a str, expected a jaxft.runs.Run"):
+        finetune.finetune(tiny.model(), task.classification(), sides[0], sides[0], [ONE], "runs/x")
+
+
+@quick
+def test_a_task_with_functions_of_its_own_is_another_run_and_is_asked_for(tmp_path):
+    """Bug: a folder opens with the usual outputs, and predicts something else than the run did."""
+
+    def sharper(logits):
+        return jax.nn.softmax(2 * logits)
+
+    goal = dataclasses.replace(task.classification(), outputs=sharper)
+    _, predictions = tiny.run(tmp_path / "run", [ONE], goal=goal)
+    with pytest.raises(ValueError, match=r"functions of its own \(outputs\): give it as task="):
+        model.open(tmp_path / "run", net=tiny.Tiny())
+    opened = model.open(tmp_path / "run", net=tiny.Tiny(), task=goal)
+    np.testing.assert_array_equal(opened.predict(tiny.dataset(), np.arange(23, 30)).outputs, predictions.outputs)
+    with pytest.raises(ValueError, match="(?s)other settings.*task.outputs"):
+        tiny.run(tmp_path / "run", [ONE])
+
+
+@quick
+def test_a_run_that_diverges_names_the_checkpoint_that_is_really_there(tmp_path):
+    """Bug: a save that is under way is not counted, and the remedy is one that the folder refuses."""
+    with pytest.raises(train.Diverged, match=r"the checkpoint of step [12] is intact.*in another folder"):
+        tiny.run(tmp_path / "run", [Phase(2, optim.Constant(1e30))], save_every=1)

@@ -117,9 +117,11 @@ def test_find_tests_a_phase_as_finetune_would_train_it(tmp_path):
     whole = tiny.batch(0, size=24)
     names = tuple(f"{i}.png" for i in range(24))
     bright = Dataset("bright", list(whole["image"]), whole["label"], names, names, ("red", "green", "blue"))
-    schedules = {"trainable": optim.Constant(0.3), "body": optim.Constant(0.1)}
+    schedules = {"trainable": optim.Cosine(0.3, 9, warmup=2), "body": optim.Constant(0.1)}  # the first rate is 0
     phase = Phase(1, schedules, frozen="through:stem", groups={"body": "stage:body"})
     inputs = Inputs(bright, np.arange(24), (8, 8), 8)
+    with pytest.raises(ValueError, match="the folder of picture=.* does not exist"):
+        lr_finder.find(start, task.classification(), inputs, phase, picture=tmp_path / "none" / "lr.png")
     curve = lr_finder.find(start, task.classification(), inputs, phase, picture=tmp_path / "lr.png", steps=20)
     assert len(curve.rates) == len(curve.losses) and np.isfinite(curve.losses).all() and curve.rates[0] == 1e-7
     assert (tmp_path / "lr.png").read_bytes().startswith(b"\x89PNG")
