@@ -30,14 +30,14 @@ def run(tmp_path, monkeypatch):
 
 def test_the_second_walk_through_takes_other_nets_and_resumes(run, capsys):
     """Bug: a net of the zoo that the script cannot make; no word that the data are drawn; another run in the folder."""
-    first = run("--net", "googlenet")
+    first = run("--net", "vgg19")
     shown = capsys.readouterr().out
     assert shown.startswith("STAND-IN DATA") and shown.rstrip().splitlines()[-1].startswith("STAND-IN DATA")
     assert first["images"] == {"train": 40, "held_out": 10} and np.isfinite(first["metrics"]["loss"])
-    assert run("--net", "googlenet")["metrics"] == first["metrics"]
+    assert run("--net", "vgg19")["metrics"] == first["metrics"]
     assert "nothing is left to train" in capsys.readouterr().out
     with pytest.raises(ValueError, match="(?s)other settings.*schedule.lr: 0.001 → 0.5"):
-        run("--net", "googlenet", "--lr", "0.5")
+        run("--net", "vgg19", "--lr", "0.5")
 
 
 def test_a_net_without_a_published_file(run):

@@ -74,7 +74,7 @@ def test_a_run_leaves_everything_in_its_folder(tmp_path):
     assert summary["metrics"]["accuracy"] == pytest.approx(np.mean(right))
     assert not list(folder.rglob("*.part")) and not (folder / "probe").exists()
     assert trained.task.name == "classification" and trained.classes == tiny.CLASSES
-    assert require_strict_json(folder) >= 5
+    assert require_strict_json(folder) >= 4
 
 
 @quick
@@ -390,7 +390,7 @@ def test_figures_that_are_no_numbers(tmp_path, values):
     _, predictions = tiny.run(tmp_path / "run", [Phase(3, optim.Plateau(0.05, patience=1), patience=2)], goal=goal)
     summary = read_json(tmp_path / "run" / "summary.json")
     best = [place for place, value in enumerate(values, 1) if value == 1.0]
-    assert summary["kept"]["epoch"] == (best or [3])[0] and summary["kept"]["which"] == "best"
+    assert summary["kept"]["epoch"] == (best or [3])[0] and summary["kept"]["which"] == ("best" if best else "last")
     assert require_strict_json(tmp_path / "run") >= 4
     losses = [row["val_loss"] for row in tiny.history(tmp_path / "run")]
     assert losses == ["" if math.isnan(value) else str(value) for value in values]

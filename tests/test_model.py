@@ -176,7 +176,7 @@ def test_what_is_no_model():
     """Bug: a wrong preprocessing or a net's name is noticed at the first batch."""
     good = tiny.model()
     for values, message in (
-        (("vgg16", good.variables, "torch"), "is no Flax module; make one with nets.create"),
+        (("vgg16", good.variables, "torch"), "is not a Flax module; make one with nets.create"),
         ((good.net, good.variables["params"], "torch"), "variables hold"),
         ((good.net, good.variables, "imagenet"), "imagenet"),
     ):
