@@ -126,3 +126,13 @@ def test_find_tests_a_phase_as_finetune_would_train_it(tmp_path):
     assert len(curve.rates) == len(curve.losses) and np.isfinite(curve.losses).all() and curve.rates[0] == 1e-7
     assert (tmp_path / "lr.png").read_bytes().startswith(b"\x89PNG")
     jax.tree.map(np.testing.assert_array_equal, start.variables, before)
+
+
+def test_noise_at_the_start_is_no_descent():
+    """Bug: the first losses, which no mean has smoothed, fall most steeply by chance, and the rate is far too low."""
+    rates = np.geomspace(1e-6, 1.0, 60)
+    falls = 0.45 - 0.3 / (1 + np.exp(-3 * (np.log10(rates) + 2.5)))  # about 10^-2.5
+    noise = np.random.default_rng(0).normal(0, 0.06, 60)
+    noise[:3] += [0.1, 0.2, -0.1]
+    assert 3e-4 < lr_finder.suggest(rates, falls + noise) < 3e-2
+    assert lr_finder.suggest(rates, np.linspace(1, 2, 60)) is None and lr_finder.suggest(rates[:2], falls[:2]) is None
