@@ -287,6 +287,7 @@ def _pictures(
         for i in shown
     ]
 
+    @jax.jit  # one program that is kept, in place of dozens of operations
     def change(key: jax.Array, images: jax.Array) -> jax.Array:
         for changes in (train.augment, train.mix):
             if changes is not None:
