@@ -149,7 +149,7 @@ def check(tmp_path, family, form):
         theirs = as_keras_predicts(model, images)
         ours = np.asarray(predictor(family)(found[0], images))
     assert np.ptp(theirs, axis=1).min() > 1e-3  # or the head hides the rest
-    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    np.testing.assert_allclose(ours, theirs, atol=3e-5)  # of probabilities; whole Inception-V3 rounds to 1.6e-5
     if form == "flat":
         before = model.get_weights()
         for file in ("back.weights.h5", "back.h5"):
