@@ -23,7 +23,6 @@ from tyro.conf import OmitArgPrefixes as Flat
 from experiments import statefarm_data
 from jaxft import command, nets, task
 from jaxft.data import Inputs, augment
-from jaxft.data.folds import split
 from jaxft.finetune import finetune
 from jaxft.model import load
 from jaxft.optim import InverseTime, NesterovSGD
@@ -69,10 +68,8 @@ def main(
     """
     phase = Phase(epochs, schedule, optimizer, freeze, clip_norm=clip_norm)
     dataset, is_standin = statefarm_data.open_data(data_dir, run.seed)
-    train, held_out = split(dataset.groups, fold, folds, run.seed)
     sized = partial(Inputs, dataset, image_size=(image_size, image_size), batch_size=batch_size)
-    moves = warp != augment.Warp()
-    inputs = sized(train, augment=warp if moves else None, views=views if moves else None), sized(held_out)
+    inputs = statefarm_data.sides(sized, dataset.groups, (fold, folds, run.seed), warp, views)
     options = {"weights": weights, "order": order, "dtype": dtype, "seed": run.seed, **nets.any_size(net)}
     model = load(net, len(dataset.classes), **options)
     trained, _ = finetune(model, task.classification(), *inputs, [phase], run, config={"fold": fold, "folds": folds})

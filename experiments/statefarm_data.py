@@ -2,11 +2,14 @@
 
 import pathlib
 import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from experiments import standin
 from jaxft import devices, fetch, nets, pretrained, report
-from jaxft.data import Dataset, statefarm
+from jaxft.data import Dataset, Inputs, statefarm
+from jaxft.data.augment import Warp
+from jaxft.data.folds import split
 from jaxft.model import Model
 from jaxft.runs import Run
 
@@ -34,6 +37,25 @@ def open_data(data_dir: pathlib.Path | None, seed: int) -> tuple[Dataset, bool]:
     if is_standin and devices.is_writer():
         print(NOTE, flush=True)
     return statefarm.prepare(folder, fetch.cache_folder()), is_standin
+
+
+def sides(
+    sized: Callable[..., Inputs], drivers: Sequence[str], fold: tuple[int, int, int], warp: Warp, views: int | None
+) -> tuple[Inputs, Inputs]:
+    """The images of the drivers outside one fold, warped, and those inside, as they are.
+
+    Args:
+        sized: indices and further settings → `Inputs`.
+        drivers: one for each image.
+        fold: (which, of how many, seed), as `folds.split` takes them.
+        warp, views: of the training side; a warp that moves nothing, and its views, are left out.
+
+    Raises:
+        ValueError: as `folds.split` and `Inputs`.
+    """
+    train, held_out = split(drivers, *fold)
+    moves = warp != Warp()
+    return sized(train, augment=warp if moves else None, views=views if moves else None), sized(held_out)
 
 
 def vgg16_head(head: str, weights: str, image_size: int) -> tuple[str | pretrained.Weights, dict[str, Any]]:
