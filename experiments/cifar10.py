@@ -10,7 +10,7 @@ Result on the 100 test images, from ImageNet: not measured (needs CIFAR-10 and t
 """
 
 if __name__ == "__main__":  # before JAX is imported, so that nothing is imported twice
-    from experiments.large_pages import restart
+    from jaxft.large_pages import restart
 
     restart()
 

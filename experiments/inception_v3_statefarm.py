@@ -11,7 +11,7 @@ Result on State Farm, one fold of five by driver, from ImageNet: not measured.
 """
 
 if __name__ == "__main__":  # before JAX is imported, so that nothing is imported twice
-    from experiments.large_pages import restart
+    from jaxft.large_pages import restart
 
     restart()
 

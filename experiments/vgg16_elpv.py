@@ -20,7 +20,7 @@ At 300 pixels, from ImageNet, for 100 epochs: not measured.
 """
 
 if __name__ == "__main__":  # before JAX is imported, so that nothing is imported twice
-    from experiments.large_pages import restart
+    from jaxft.large_pages import restart
 
     restart()
 

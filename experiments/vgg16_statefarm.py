@@ -10,7 +10,7 @@ Result on State Farm, one fold of five by driver (private score of the guide's V
 """
 
 if __name__ == "__main__":  # before JAX is imported, so that nothing is imported twice
-    from experiments.large_pages import restart
+    from jaxft.large_pages import restart
 
     restart()
 

@@ -17,7 +17,7 @@ EXPERIMENTS = sorted(
 ASKING = "glibc.malloc.hugetlb=1"
 COMMAND = """
 if __name__ == "__main__":
-    from experiments.large_pages import restart
+    from jaxft.large_pages import restart
 
     restart()
 
@@ -113,4 +113,4 @@ def test_an_import_never_restarts(start):
         "assert len(found) > 4, found\n"
     )
     assert start("-c", imports)[1] == [""]
-    assert start("-m", "timeit", "-n1", "-r1", "import experiments.large_pages, experiments")[1] == ["", ""]
+    assert start("-m", "timeit", "-n1", "-r1", "import jaxft.large_pages")[1] == ["", ""]

@@ -1,4 +1,4 @@
-"""Memory in large pages for an experiment's command.
+"""Memory in large pages for a command.
 
 A train step on a CPU takes gigabytes and gives them back, again and again. Linux hands them out in pages of 4 kB
 unless a program asks for larger ones, which costs a tenth to a sixth of the step. glibc asks if it is told to before a
@@ -15,7 +15,7 @@ def restart() -> None:
     To be called by a command before it imports JAX:
 
         if __name__ == "__main__":  # before JAX is imported, so that nothing is imported twice
-            from experiments.large_pages import restart
+            from jaxft.large_pages import restart
 
             restart()
 
