@@ -1,26 +1,39 @@
-"""A command around a function: its arguments come from the command line, and what a user can cause ends in one line."""
+"""A command around functions: arguments come from the command line, and what a user can cause ends in one line."""
 
 import argparse
+import functools
+import inspect
+import pathlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import tyro
 
-from jaxft import devices, fetch
+import jaxft
+from jaxft import devices, fetch, settings
 from jaxft.checkpoint import CheckpointError
 from jaxft.train import Diverged, Stopped
 
-ALIASES = {"--workdir": "--folder", "--learning-rate": "--lr"}  # words that people try
+ALIASES = {"--workdir": "--folder", "--run": "--folder", "--learning-rate": "--lr"}  # words that people try
 
 PROCESSES = """\
 One run over several processes: start each with --coordinator HOST:PORT --processes N --process INDEX; under Slurm, Open
 MPI or Kubernetes they find each other."""
+MORE = f"""\
+jaxft VERB --help shows the settings of each. For every verb: --config FILE takes settings from a YAML file, of which
+those on the command line are stronger; --debug shows where an error comes from; --version. Exit statuses: 0 done; 1 an
+error; 2 a bad command line; 128 + N stopped by signal N. Shell completion: jaxft --tyro-print-completion bash (or zsh).
+
+{PROCESSES}"""
 
 
-def run(main: Callable[..., Any]) -> None:
+def run(main: Callable[..., Any] | Mapping[str, Callable[..., Any]]) -> None:
     """Calls `main` with the arguments of the command line, which tyro reads off its signature and docstring.
+
+    Args:
+        main: a function, or verb → function.
 
     Exit statuses: 0 done; 1 an error, in one message on standard error; 2 a bad command line; 128 + N stopped by
     signal N, with the state saved where there was one.
@@ -29,15 +42,67 @@ def run(main: Callable[..., Any]) -> None:
     several.add_argument("--coordinator")
     several.add_argument("--processes", type=int)
     several.add_argument("--process", type=int)
-    joined, rest = several.parse_known_args()
-    rest = _renamed(main, rest)
-    summary = (main.__doc__ or "").partition("\n")[0]
-    with exits():
+    several.add_argument("--debug", action="store_true")
+    several.add_argument("--config", type=pathlib.Path)
+    several.add_argument("--version", action="version", version=f"jaxft {jaxft.__version__}")
+    found, rest = several.parse_known_args()
+    with exits(found.debug):
+        verbs = main if isinstance(main, Mapping) else {}
+        one = main if not isinstance(main, Mapping) else verbs.get(next(iter(rest), ""))
+        if one is not None:
+            rest = _renamed(one, rest)
+            if found.config is not None:
+                one = configured(one, found.config.expanduser())
         try:
-            devices.initialise(joined.coordinator, joined.processes, joined.process)
+            devices.initialise(found.coordinator, found.processes, found.process)
         except RuntimeError as error:
             raise OSError(f"the processes of this run do not find each other: {error}") from error
-        tyro.cli(main, args=rest, description=f"{summary}\n\n{PROCESSES}")
+        if one is None or verbs:
+            verbs = verbs if one is None else {**verbs, rest[0]: one}
+            tyro.extras.subcommand_cli_from_dict(dict(verbs), prog="jaxft", description=MORE, args=rest)
+        else:
+            documented = one.func if isinstance(one, functools.partial) else one
+            summary = (documented.__doc__ or "").partition("\n")[0]
+            tyro.cli(one, args=rest, description=f"{summary}\n\n{PROCESSES}")
+
+
+def configured(main: Callable[..., Any], file: pathlib.Path) -> Callable[..., Any]:
+    """`main` with the settings of a YAML file as its defaults: flag without dashes → value, as `settings.write` does.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not such a file, or a setting is not one of `main`.
+    """
+    found = settings.read(file)
+    positional = [name for name in ("data",) if name in inspect.signature(main).parameters]
+    given = {name for name in positional if name in found}
+    words = [str(found.pop(name, "none")) for name in positional]
+    words += [word for name, value in found.items() for word in _words(name, value)]
+
+    @functools.wraps(main)
+    def record(**values: Any) -> dict[str, Any]:
+        return values
+
+    try:
+        values = tyro.cli(record, args=words, prog=str(file))
+    except SystemExit as error:
+        if error.code == 0:  # the file asks for help
+            raise
+        raise ValueError(f"{file} holds a setting that cannot be; see above") from None
+    return functools.partial(
+        main, **{name: value for name, value in values.items() if name not in set(positional) - given}
+    )
+
+
+def _words(name: str, value: Any) -> list[str]:
+    """The words of the command line that give a setting its value."""
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    if isinstance(value, list):
+        return [f"--{name}", *map(str, value)]
+    if isinstance(value, dict):
+        raise ValueError(f"the setting {name} holds {value}; give one value, or a list of them")
+    return [f"--{name}", str(value)]
 
 
 def _renamed(main: Callable[..., Any], words: list[str]) -> list[str]:
@@ -51,8 +116,12 @@ def _renamed(main: Callable[..., Any], words: list[str]) -> list[str]:
 
 
 @contextmanager
-def exits() -> Iterator[None]:
-    """Turns what a user can cause into one message and an exit status, around the body of a command."""
+def exits(debug: bool = False) -> Iterator[None]:
+    """Turns what a user can cause into one message and an exit status, around the body of a command.
+
+    Args:
+        debug: let errors pass, so that Python shows where they come from.
+    """
     try:
         yield
     except Stopped as stopped:
@@ -62,4 +131,6 @@ def exits() -> Iterator[None]:
         print("stopped before the next save; run the same command again to go on from the last one", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError, CheckpointError, fetch.Unavailable, Diverged) as error:
+        if debug:
+            raise
         sys.exit(f"error: {error}")
