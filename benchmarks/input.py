@@ -28,6 +28,7 @@ from benchmarks.machine import write_table
 from experiments import standin
 from jaxft import devices, features, feed, masking, nets, optim, preprocess, task, train, train_state
 from jaxft.data import Dataset, Images, Inputs, augment, loader, statefarm
+from jaxft.data.decode import Decode
 from jaxft.data.rows import Rows
 from jaxft.model import compute_dtype
 from jaxft.phase import Phase
@@ -107,7 +108,7 @@ def stages(dataset: Dataset, settings: Settings) -> Iterator[tuple[str, list[flo
         return loader.train_batches(of, images, seed=0, **options)
 
     for workers, scaled in ((1, False), (loader.default_workers(), False), (loader.default_workers(), True)):
-        stream = batches(of=dataclasses.replace(inputs, scaled_decode=scaled), workers=workers)
+        stream = batches(of=dataclasses.replace(inputs, decode=Decode(scaled=scaled)), workers=workers)
         name = f"batches decoded anew, {workers} thread{'s' * (workers > 1)}" + (", scaled" if scaled else "")
         yield name, rates(settings.batch_size, lambda stream=stream: next(stream), settings.seconds)
         stream.close()

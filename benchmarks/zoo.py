@@ -42,7 +42,7 @@ def losses(name: str, dataset: Dataset, steps: int) -> list[float]:
     net = nets.create(name, len(dataset.classes), **nets.any_size(name))
     variables = nets.init(net, (SIZE, SIZE), seed=0)
     indices = np.random.default_rng(0).permutation(len(dataset))[:BATCH]
-    images = np.stack([decode.rgb(dataset.images[i], (SIZE, SIZE), dataset.names[i]) for i in indices])
+    images = np.stack([decode.pixels(dataset.images[i], (SIZE, SIZE), dataset.names[i]) for i in indices])
     state = train_state.create(net, variables, Phase(1, optim.Constant(LR)))
     normalise = preprocess.get(row.preprocessing)
     step = train.make_train_step(

@@ -79,7 +79,7 @@ def decode(train: Inputs, held_out: Inputs) -> tuple[Side, Side]:
 
 def _alike(train: Inputs, held_out: Inputs) -> bool:
     """Whether both take images of one dataset in the same way."""
-    same = ("image_size", "scaled_decode", "batch_size")
+    same = ("image_size", "decode", "batch_size")
     return train.dataset is held_out.dataset and all(getattr(train, x) == getattr(held_out, x) for x in same)
 
 
@@ -224,7 +224,8 @@ def _open_cache(
 
     def wanted(side: Side, view: int | None, indices: np.ndarray) -> features.Wanted:
         inputs = side.inputs
-        made = {"data": inputs.dataset.fingerprint, "size": inputs.image_size, "scaled": inputs.scaled_decode}
+        decode = dataclasses.asdict(inputs.decode)
+        made = {"data": inputs.dataset.fingerprint, "size": inputs.image_size, "decode": decode}
         if view is not None:
             made |= {"augment": describe(inputs.augment), "seed": run.seed}
         return features.Wanted(made, view, indices, len(inputs.dataset), side.batches)

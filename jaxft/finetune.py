@@ -83,7 +83,7 @@ def finetune(
         classes=held_out.dataset.classes,
         image_size=held_out.image_size,
         batch_size=held_out.batch_size,
-        scaled_decode=held_out.scaled_decode,
+        decode=held_out.decode,
     )
     with closing(Checkpoints(run.folder / "checkpoints", record)) as checkpoints:
         progress = _resume(run, record, checkpoints, phases)
@@ -122,6 +122,11 @@ def _check(model: Model, task: Task, train: Inputs, held_out: Inputs, phases: Se
         tasks.check(task, inputs.dataset, model.net.num_classes)
         if not inputs.dataset.known[inputs.indices].any():
             raise ValueError(f"no label of the images of {name} is known; give images with labels")
+        if model.channels not in (None, inputs.decode.channels):
+            raise ValueError(
+                f"the images of {name} have {inputs.decode.channels} channels, and the net takes {model.channels}; say "
+                f"decode=Decode(channels={model.channels}), or model.load(channels={inputs.decode.channels})"
+            )
         if inputs.batch_size % jax.device_count():
             raise ValueError(
                 f"the batch_size of {name}, {inputs.batch_size}, does not divide over {jax.device_count()} devices; "
@@ -279,12 +284,11 @@ def _pictures(
         dataset,
         task,
         history,
-        lambda index: decode.thumbnail(dataset.images[index], SHOWN, dataset.names[index]),
+        lambda index: decode.thumbnail(dataset.images[index], SHOWN, dataset.names[index], held_out.decode),
     )
     shown = train.indices[np.linspace(0, len(train.indices) - 1, min(len(train.indices), report.COLUMNS), dtype=int)]
     originals = [
-        decode.rgb(train.dataset.images[i], train.image_size, train.dataset.names[i], scaled=train.scaled_decode)
-        for i in shown
+        decode.pixels(train.dataset.images[i], train.image_size, train.dataset.names[i], train.decode) for i in shown
     ]
 
     @jax.jit  # one program that is kept, in place of dozens of operations

@@ -12,13 +12,15 @@ import numpy as np
 
 from jaxft import devices, features, files, nets, port_weights, preprocess, pretrained
 from jaxft.checkpoint import Checkpoints
+from jaxft.checks import check_count
 from jaxft.data import Dataset, Inputs, loader
+from jaxft.data.decode import RGB, Decode
 from jaxft.predict import Predictions, evaluate
 from jaxft.pretrained import Weights
 from jaxft.provenance import describe
 from jaxft.task import TASKS, Task
 
-FORMAT = 1  # of model.json
+FORMAT = 2  # of model.json
 FUNCTIONS = ("encode", "losses", "outputs", "score", "metrics")  # of a task
 
 
@@ -36,7 +38,7 @@ class Model:
         classes: the names of its outputs.
         image_size: (height, width) in pixels.
         batch_size: of prediction; another one may round differently.
-        scaled_decode: as of `Inputs`.
+        decode: how its images become pixels.
     """
 
     net: Any
@@ -48,7 +50,7 @@ class Model:
     classes: tuple[str, ...] = ()
     image_size: tuple[int, int] | None = None
     batch_size: int = 16
-    scaled_decode: bool = False
+    decode: Decode = RGB
 
     def __post_init__(self):
         preprocess.get(self.preprocessing)
@@ -56,6 +58,13 @@ class Model:
             raise ValueError(f"net={self.net!r} is not a Flax module; make one with nets.create(NAME, NUM_CLASSES)")
         if "params" not in self.variables:
             raise ValueError(f'variables hold {sorted(self.variables)}; expected {{"params": …, "batch_stats": …}}')
+
+    @property
+    def channels(self) -> int | None:
+        """How many channels its images have; None if no layer of the net with a kernel says it."""
+        params = self.variables["params"]
+        layer = first_layer(self.net, params)
+        return None if layer is None else params[layer]["kernel"].shape[-2]
 
     def description(self) -> dict[str, Any]:
         """The net, its preprocessing and the source of its weights, as JSON values."""
@@ -82,7 +91,7 @@ class Model:
             "classes": list(self.classes),
             "image_size": None if self.image_size is None else list(self.image_size),
             "batch_size": self.batch_size,
-            "scaled_decode": self.scaled_decode,
+            "decode": dataclasses.asdict(self.decode),
             "keep": keep,
         }
 
@@ -94,7 +103,7 @@ class Model:
             indices: which of them, int [n]; all by default.
 
         Raises:
-            ValueError: the model was never trained, so that size and task are not known; or as `decode.rgb`.
+            ValueError: the model was never trained, so that size and task are not known; or as `decode.pixels`.
         """
         if self.task is None or self.image_size is None:
             raise ValueError("this model has no task yet: train it with finetune, or use predict.evaluate yourself")
@@ -104,7 +113,7 @@ class Model:
             np.arange(len(dataset)) if indices is None else indices,
             self.image_size,
             self.batch_size,
-            scaled_decode=self.scaled_decode,
+            decode=self.decode,
         )
         eval_step = features.eval_step(self.net, list(self.variables["params"]), self.preprocessing, self.task)
         mesh = devices.mesh()
@@ -155,6 +164,7 @@ def load(
     dtype: Any = "auto",
     seed: int = 0,
     ignore: Sequence[str] = (),
+    channels: int = 3,
     **options: Any,
 ) -> Model:
     """A net of the zoo for a new task, filled from a Keras weight file.
@@ -168,6 +178,7 @@ def load(
         dtype: of the computation: float32, bfloat16, or "auto": bfloat16 on a GPU or TPU and float32 on a CPU.
         seed: of layers that the file does not fill.
         ignore: patterns of layers of the file that the net has no place for, as in `port_weights.load`.
+        channels: of the images; for another number than 3 the first kernel is adapted, as `preprocess.adapt` says.
         options: further fields of the net's class: `hidden`, `dropout`, `fc` of VGG.
 
     Raises:
@@ -193,8 +204,20 @@ def load(
             **options,
         )
     devices.say(str(told))
-    variables = {kind: variables.get(kind, {}) for kind in ("params", "batch_stats")}
+    variables = {kind: dict(variables.get(kind, {})) for kind in ("params", "batch_stats")}
+    check_count("channels", channels, 1)
+    if channels != 3:
+        layer = first_layer(net, variables["params"])
+        assert layer is not None  # in every net of the zoo
+        kernel = preprocess.adapt(np.asarray(variables["params"][layer]["kernel"]), channels, weights.preprocessing)
+        variables["params"][layer] = {**variables["params"][layer], "kernel": kernel}
     return Model(net, variables, weights.preprocessing, name, weights.record())
+
+
+def first_layer(net: Any, params: Mapping[str, Any]) -> str | None:
+    """The name of the layer that sees the images: the first that has a kernel."""
+    layers = (layer for layers in net.layers().values() for layer in layers)
+    return next((layer for layer in layers if "kernel" in params.get(layer, {})), None)
 
 
 def compute_dtype(dtype: Any) -> Any:
@@ -250,7 +273,7 @@ def open(
             "classes": tuple(saved["classes"]),
             "image_size": None if saved["image_size"] is None else tuple(saved["image_size"]),
             "batch_size": saved["batch_size"],
-            "scaled_decode": saved["scaled_decode"],
+            "decode": Decode(**saved["decode"]),
         }
         wanted = which or saved["keep"]
     except (KeyError, TypeError, AttributeError, ValueError) as error:

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jaxft.data import Dataset
+from jaxft.data.decode import visible
 from jaxft.files import read_json, write_whole
 from jaxft.predict import Predictions
 from jaxft.task import Task, class_losses, label_figures, label_losses
@@ -259,7 +260,7 @@ def augmentations(
 
     Args:
         path: of the picture.
-        originals: uint8 [B, H, W, 3]; the first 6 are shown.
+        originals: uint8 [B, H, W, C]; the first 6 are shown.
         transform: (key, images float32 [B, H, W, 3], 0 to 255) → images of the same shape; None: no augmentation.
         seed: of the keys.
     """
@@ -470,7 +471,7 @@ def _grid(
     figure.suptitle(title)
     for cell, axes in zip(cells, figure.subplots(rows, columns, squeeze=False).flat if rows else (), strict=False):
         if cell is not None:
-            axes.imshow(cell[0])
+            axes.imshow(visible(cell[0]))
             axes.set_anchor("N")
             axes.set_title(cell[1], fontsize=8)
     for axes in figure.axes:

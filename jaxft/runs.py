@@ -86,7 +86,7 @@ def _inputs(inputs: Inputs) -> dict[str, Any]:
         "indices": hashlib.sha256(inputs.indices.tobytes()).hexdigest(),
         "weights": None if inputs.weights is None else hashlib.sha256(inputs.weights.tobytes()).hexdigest(),
         "image_size": list(inputs.image_size),
-        "scaled_decode": inputs.scaled_decode,
+        "decode": dataclasses.asdict(inputs.decode),
     }
 
 

@@ -55,7 +55,7 @@ def test_images_and_labels(served):
     assert train_count == 5 * PER_FILE
     assert dataset.labels.tolist() == [label for label, _ in served]
     for i in (0, PER_FILE, train_count, len(served) - 1):
-        found = decode.rgb(dataset.images[i], (32, 32), dataset.names[i])
+        found = decode.pixels(dataset.images[i], (32, 32), dataset.names[i])
         np.testing.assert_array_equal(found, served[i][1])
     assert dataset.names[0] == "train_00000" and dataset.names[train_count] == "test_00000"
     assert "tensorflow" not in sys.modules

@@ -42,7 +42,7 @@ def test_columns(tmp_path: Path):
     assert found.types == ("mono", "poly", "mono")
     assert found.strata == ((1, "mono"), (0, "poly"), (1, "mono"))
     for i, name in enumerate("abc"):
-        assert (decode.rgb(found.images[i], (4, 6), name) == ord(name)).all()
+        assert (decode.pixels(found.images[i], (4, 6), name) == ord(name)).all()
 
 
 def test_cells_are_batched(tmp_path: Path):
@@ -124,7 +124,7 @@ def test_as_published(tmp_path: Path):
     assert [counts["mono", third] for third in range(4)] == [588, 117, 56, 313]
     assert [counts["poly", third] for third in range(4)] == [920, 178, 50, 402]
     assert int(found.labels.sum()) == 821
-    image = decode.rgb(found.images[2623], (300, 300), found.names[2623])
+    image = decode.pixels(found.images[2623], (300, 300), found.names[2623])
     assert image.std() > 1
     encoded = found.images[0]
     assert isinstance(encoded, bytes)

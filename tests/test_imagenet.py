@@ -31,7 +31,7 @@ def photograph(size):
     """Chelsea the cat, uint8 [1, H, W, 3]; public domain, out of scikit-image's wheel."""
     requirement, sha256 = PHOTOGRAPH
     path = fetch.from_wheel(requirement, sha256, member="skimage/data/chelsea.png")
-    return decode.rgb(path.read_bytes(), size, "chelsea.png")[None]
+    return decode.pixels(path.read_bytes(), size, "chelsea.png")[None]
 
 
 def top_5(name, path):

@@ -14,6 +14,7 @@ from tiny import cache, kept_programs, no_pictures  # noqa: F401
 
 from jaxft import model, nets, optim, task
 from jaxft.checkpoint import CheckpointError
+from jaxft.data.decode import Decode
 from jaxft.model import Model
 from jaxft.phase import Phase
 
@@ -97,13 +98,13 @@ def test_save_and_open(whole, tmp_path, net):
     """Bug: what `save` writes cannot be opened, loses a field, or rounds; a net without statistics cannot be saved."""
     plain = tiny.model(net())
     variables = plain.variables if net is tiny.Tiny else {"params": plain.variables["params"]}
-    values = ("caffe", None, {"file": "mine"}, task.multilabel(0.25), tiny.CLASSES, (8, 6), 5, True)
+    values = ("caffe", None, {"file": "mine"}, task.multilabel(0.25), tiny.CLASSES, (8, 6), 5, Decode("pad"))
     made = Model(net(frozen=frozenset({"conv1"})), variables, *values)
     made.save(tmp_path / "deep" / "saved")
     opened = model.open(str(tmp_path / "deep" / "saved"), net=net())
     tiny.assert_same(tiny.leaves(dict(opened.variables)), tiny.leaves({"batch_stats": {}, **variables}))
     assert opened.net.frozen == {"conv1"}
-    for field in ("preprocessing", "name", "source", "classes", "image_size", "batch_size", "scaled_decode"):
+    for field in ("preprocessing", "name", "source", "classes", "image_size", "batch_size", "decode"):
         assert getattr(opened, field) == getattr(made, field), field
     assert opened.task.name == "multilabel" and opened.task.options == made.task.options
     images = [np.full((9, 9, 3), 10 * k, np.uint8) for k in range(7)]

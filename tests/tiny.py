@@ -17,6 +17,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jaxft import feed, optim, task
 from jaxft import finetune as finetune_module
 from jaxft.data import Dataset, Inputs
+from jaxft.data.decode import RGB, Decode
 from jaxft.finetune import finetune
 from jaxft.model import Model
 from jaxft.nets.common import fold
@@ -160,7 +161,7 @@ def run(
     goal=None,
     batch_size: int = 8,
     held_out: int = 7,
-    scaled_decode: bool = False,
+    decode: Decode = RGB,
     config=None,
     inputs=None,
     **settings,
@@ -169,7 +170,7 @@ def run(
     data = dataset() if data is None else data
     goal = TASKS[data.target]() if goal is None else goal
     indices = np.arange(len(data))
-    common = dict(image_size=(8, 8), batch_size=batch_size, scaled_decode=scaled_decode)
+    common = dict(image_size=(8, 8), batch_size=batch_size, decode=decode)
     train = Inputs(data, indices[:-held_out], **common, **(inputs or {}))
     test = Inputs(data, indices[-held_out:], **common)
     phases = [Phase(2, optim.InverseTime(0.05, 1e-3))] if phases is None else phases

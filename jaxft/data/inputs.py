@@ -11,6 +11,7 @@ from jaxft.checks import is_int
 from jaxft.data import order
 from jaxft.data.augment import Mixing
 from jaxft.data.dataset import Dataset, checked_indices
+from jaxft.data.decode import RGB, Decode
 
 Augment = Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 """(key, images float32 [B, H, W, 3] of 0 to 255, labels: a pytree of [B, …]) → (images, labels)."""
@@ -34,7 +35,7 @@ class Inputs:
             frozen layers can be cached. None: an augmentation of its own in every epoch.
         weights: of each example of the dataset in the loss, float [N], at least 0; kept as float32. None: all 1.
         order: of the examples of an epoch; see `jaxft.data.order`.
-        scaled_decode: see `scaled` of `decode.rgb`.
+        decode: how a file becomes pixels.
 
     Raises:
         ValueError: a setting that cannot be; the message says what to give.
@@ -49,7 +50,7 @@ class Inputs:
     views: int | None = None
     weights: np.ndarray | None = None
     order: Order = order.shuffled
-    scaled_decode: bool = False
+    decode: Decode = RGB
 
     def __post_init__(self):
         if not isinstance(self.dataset, Dataset):

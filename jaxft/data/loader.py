@@ -4,7 +4,7 @@ import functools
 import hashlib
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 
 import grain
@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxft.data import decode
 from jaxft.data.dataset import Images
+from jaxft.data.decode import Decode
 from jaxft.data.inputs import Inputs
 from jaxft.data.rows import CacheError, Rows, no_room
 
@@ -117,7 +118,8 @@ def decode_once(inputs: Sequence[Inputs]) -> Rows | None:
         inputs: of one dataset, image size and way of decoding.
 
     Returns:
-        rows uint8 [H, W, 3]; None where the disk is full or read-only, and a line says so: decode as they are needed.
+        rows uint8 [H, W, channels]; None where the disk is full or read-only, and a line says so: decode as they are
+        needed.
 
     Raises:
         ValueError: inputs of several datasets, sizes or ways of decoding; an image that cannot be decoded, by name.
@@ -126,21 +128,21 @@ def decode_once(inputs: Sequence[Inputs]) -> Rows | None:
     for other in inputs[1:]:
         if (other.dataset is not first.dataset) or _decoding(other) != _decoding(first):
             raise ValueError(
-                f"decode_once takes inputs of one dataset, size and scaled_decode, found {first.dataset!r} with "
+                f"decode_once takes inputs of one dataset, size and way of decoding, found {first.dataset!r} with "
                 f"{_decoding(first)} and {other.dataset!r} with {_decoding(other)}; call it for each"
             )
-    dataset, (image_size, scaled) = first.dataset, _decoding(first)
+    dataset, (image_size, way) = first.dataset, _decoding(first)
     indices = np.unique(np.concatenate([each.indices for each in inputs]))
     images = hashlib.sha256(b"".join(dataset.digests[index] for index in indices.tolist())).hexdigest()
     libraries = {name: metadata.version(name) for name in ("pillow", "simplejpeg")}
-    identity = {"images": images, "scaled": scaled, **libraries}
-    rows = Rows("pixels", "x".join(map(str, image_size)), identity, indices, (*image_size, 3), np.uint8)
+    identity = {"images": images, "decode": asdict(way), **libraries}
+    rows = Rows("pixels", "x".join(map(str, image_size)), identity, indices, (*image_size, way.channels), np.uint8)
     if reason := no_room([rows]):
         print(f"images are decoded anew in every epoch: {reason}", flush=True)
         return None
 
     def compute(missing: np.ndarray) -> Iterator[np.ndarray]:
-        wanted = Inputs(dataset, missing, image_size, batch_size=32, scaled_decode=scaled)
+        wanted = Inputs(dataset, missing, image_size, batch_size=32, decode=way)
         for batch in eval_batches(wanted, dataset.images):
             yield batch["image"][batch["real"]]
 
@@ -170,8 +172,8 @@ class Decoded:
 _FOREVER = 2**62
 
 
-def _decoding(inputs: Inputs) -> tuple[tuple[int, int], bool]:
-    return inputs.image_size, inputs.scaled_decode
+def _decoding(inputs: Inputs) -> tuple[tuple[int, int], Decode]:
+    return inputs.image_size, inputs.decode
 
 
 def _rows(batch_size: int, process: tuple[int, int]) -> slice:
@@ -209,9 +211,9 @@ def _load(inputs: Inputs, images: Images | None, indices: np.ndarray) -> Batch:
     }
     if images is None:
         return loaded
-    pixels = np.empty((len(indices), *inputs.image_size, 3), np.uint8)
+    pixels = np.empty((len(indices), *inputs.image_size, inputs.decode.channels), np.uint8)
     for row, index in enumerate(indices.tolist()):
-        pixels[row] = decode.rgb(images[index], inputs.image_size, dataset.names[index], scaled=inputs.scaled_decode)
+        pixels[row] = decode.pixels(images[index], inputs.image_size, dataset.names[index], inputs.decode)
     return {"image": pixels, **loaded}
 
 
