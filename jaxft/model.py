@@ -15,7 +15,7 @@ from jaxft.checkpoint import Checkpoints
 from jaxft.checks import check_count
 from jaxft.data import Dataset, Inputs, loader
 from jaxft.data.decode import RGB, Decode
-from jaxft.predict import Predictions, evaluate
+from jaxft.predict import EvalStep, Predictions, evaluate
 from jaxft.pretrained import Weights
 from jaxft.provenance import describe
 from jaxft.task import TASKS, Task
@@ -95,12 +95,19 @@ class Model:
             "keep": keep,
         }
 
-    def predict(self, images: Dataset | Sequence[bytes | np.ndarray], indices: np.ndarray | None = None) -> Predictions:
+    def predict(
+        self,
+        images: Dataset | Sequence[bytes | np.ndarray],
+        indices: np.ndarray | None = None,
+        *,
+        mirrored: bool = False,
+    ) -> Predictions:
         """What the model says of images: the same to the bit in every process of one machine and batch size.
 
         Args:
             images: a dataset, or a sequence of images, each the bytes of a file or uint8 [H, W, 3].
             indices: which of them, int [n]; all by default.
+            mirrored: predict each image and its mirror image (left and right exchanged), and take the mean of both.
 
         Raises:
             ValueError: the model was never trained, so that size and task are not known; or as `decode.pixels`.
@@ -116,6 +123,8 @@ class Model:
             decode=self.decode,
         )
         eval_step = features.eval_step(self.net, list(self.variables["params"]), self.preprocessing, self.task)
+        if mirrored:
+            eval_step = _both_ways(eval_step)
         mesh = devices.mesh()
         variables = {kind: self.variables.get(kind, {}) for kind in ("params", "batch_stats")}
         batches = loader.eval_batches(inputs, dataset.images, process=devices.process())
@@ -139,6 +148,16 @@ class Model:
             checkpoints.close()
         if devices.is_writer():
             files.write_json(folder / "model.json", self.trained())
+
+
+def _both_ways(eval_step: EvalStep) -> EvalStep:
+    """The mean of what an eval step says of images and of their mirror images."""
+
+    @jax.jit
+    def both(variables: Any, images: jax.Array) -> jax.Array:
+        return (eval_step(variables, images) + eval_step(variables, images[:, :, ::-1])) / 2
+
+    return both
 
 
 def _replaced(task: Task) -> list[str]:

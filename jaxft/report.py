@@ -321,24 +321,53 @@ def table(title: str, rows: Mapping[str, Any]) -> None:
     Console(soft_wrap=True).print(shown)
 
 
-def result(title: str, folder: pathlib.Path, rows: Mapping[str, Any]) -> None:
-    """Prints what `summary.json` of a run's folder says: figures, the state that was kept, speed; then `rows`."""
-    summary = read_json(folder / "summary.json")
-    figures = {
+def columns(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints a table with a header, its columns as wide as the terminal allows."""
+    shown = Table(*header, title=title, title_justify="left")
+    for column in shown.columns:
+        column.overflow = "fold"
+    for row in rows:
+        shown.add_row(*row)
+    Console(width=None if Console().is_terminal else 120).print(shown)
+
+
+def figures(title: str, metrics: Mapping[str, float | None], rows: Mapping[str, Any]) -> None:
+    """Prints the figures of a task's `metrics`, then `rows`."""
+    table(title, {**_shown(metrics), **rows})
+
+
+def print_predictions(predictions: Predictions, dataset: Dataset, most: int) -> None:
+    """Prints the first `most` predictions: of classes the three likeliest, of labels and values each."""
+    rows = []
+    for index, outputs in zip(predictions.index[:most], predictions.outputs, strict=False):
+        best = np.argsort(-outputs)[:3] if dataset.target == "class" else np.arange(len(outputs))
+        shown = (f"{outputs[c]:.1%}" if dataset.target != "values" else f"{outputs[c]:.4g}" for c in best)
+        named = ", ".join(f"{dataset.classes[c]} {value}" for c, value in zip(best, shown, strict=True))
+        rows.append((dataset.names[index], named))
+    columns(f"the first {len(rows)} of {len(predictions):,} predictions", ("image", "prediction"), rows)
+
+
+def _shown(metrics: Mapping[str, float | None]) -> dict[str, str]:
+    return {
         name.replace("_", " "): "undefined"
-        if value is None
+        if value is None or math.isnan(value)
         else f"{value:.2%}"
         if "accuracy" in name
         else f"{value:.4f}"
-        for name, value in summary["metrics"].items()
+        for name, value in metrics.items()
     }
+
+
+def result(title: str, folder: pathlib.Path, rows: Mapping[str, Any]) -> None:
+    """Prints what `summary.json` of a run's folder says: figures, the state that was kept, speed; then `rows`."""
+    summary = read_json(folder / "summary.json")
     kept, speed = summary["kept"], summary["images_per_second"]
     about = {
         "held-out images": summary["images"]["held_out"],
         "state": f"{kept['which']}, epoch {kept['epoch']} of {summary['epochs']}",
         "speed": f"{speed:.1f} images/s" if speed else "not measured: every step compiled",
     }
-    table(title, {**figures, **about, **rows, "everything else": folder})
+    table(title, {**_shown(summary["metrics"]), **about, **rows, "everything else": folder})
 
 
 def _wrong_classes(predictions: Predictions, classes: Sequence[str], task: Task) -> tuple[str, list[tuple[int, str]]]:
