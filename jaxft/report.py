@@ -241,13 +241,23 @@ def worst_mistakes(path: pathlib.Path, predictions: Predictions, dataset: Datase
     Classes: misclassified images whose label got the lowest probability. Labels: each wrong label by itself. Values:
     the largest errors, in standard deviations of each value.
     """
-    mistakes = {"class": _wrong_classes, "labels": _wrong_labels, "values": _wrong_values}[task.target]
     title, worst = mistakes(predictions, dataset.classes, task)
     cells = []
     for row, caption in worst[: COLUMNS * ROWS]:
         index = int(predictions.index[row])
         cells.append((image(index), f"{caption}\n{_short(dataset.names[index], 28)}"))
     _grid(path, title, cells)
+
+
+def mistakes(predictions: Predictions, classes: Sequence[str], task: Task) -> tuple[str, list[tuple[int, str]]]:
+    """What the net is most wrong about, as `worst_mistakes` shows it.
+
+    Returns:
+        (a line about all of them, (row of the predictions, caption) of at most 12, the worst first).
+    """
+    found = {"class": _wrong_classes, "labels": _wrong_labels, "values": _wrong_values}[task.target]
+    title, worst = found(predictions, classes, task)
+    return title, worst[: COLUMNS * ROWS]
 
 
 def augmentations(

@@ -302,7 +302,7 @@ def _run(plan: Plan, run: Run, given: Mapping[str, Any]) -> None:
 
 
 def _write_page(folder: pathlib.Path, opened: model.Model, dataset: Any, predictions: Any, stages: Any) -> None:
-    from jaxft.report import page
+    from jaxft import page
 
     devices.say(f"the report is {page.write(folder, opened, dataset, predictions, stages=stages or None)}")
 
