@@ -269,7 +269,8 @@ def model_of(start: Start, num_classes: int, channels: int, seed: int) -> Model:
     """
     options: dict[str, Any] = nets.any_size(start.net) | nets.head_options(start.net, start.head)
     if start.dropout is not None:
-        options["dropout"] = start.dropout
+        many = getattr(nets.create(start.net), "dropout", 0.0)  # GoogLeNet has a rate for each of its heads
+        options["dropout"] = (start.dropout,) * len(many) if isinstance(many, tuple) else start.dropout
     settings = {"weights": start.weights, "order": start.order, "dtype": start.dtype, "ignore": start.ignore}
     return load(start.net, num_classes, seed=seed, channels=channels, **settings, **options)
 

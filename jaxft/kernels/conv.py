@@ -30,6 +30,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxft.kernels import of_cpu
+
 Rows = Sequence[Any]  # numbers to be combined along one axis of a tile
 Planes = list[list[jax.Array]]  # [i][j]: element (i, j) of every tile, [B, tiles down, tiles across, channels]
 
@@ -356,7 +358,7 @@ def convolve(
     macs = x.size // strides**2 * math.prod(kernel.shape[:2]) * kernel.shape[3]
     padded_product = kernel.shape[:2] == (1, 1) and any(map(any, pads))
     cropped = min(map(min, pads)) < 0
-    if jax.default_backend() != "cpu" or x.dtype != jnp.float32 or macs < MIN_MACS or padded_product or cropped:
+    if not of_cpu() or x.dtype != jnp.float32 or macs < MIN_MACS or padded_product or cropped:
         kernel = kernel if factor is None else kernel * factor
         bias = bias if bias is None else bias.astype(x.dtype)
         return _finish(direct(x, kernel.astype(x.dtype), strides, pads), None, bias, relu)

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxft.kernels import of_cpu
+
 MAX_BATCH = 128  # above it both orders take equally long
 MIN_WEIGHTS = 2**20  # the product with fewer takes less than a millisecond
 
@@ -22,8 +24,8 @@ def dot_general(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **optio
     The gradients are XLA's own where the default backend is not a CPU, x is not float32, the batch is large or the
     kernel small.
     """
-    wide = x.ndim == 2 and len(x) <= MAX_BATCH and kernel.size >= MIN_WEIGHTS
-    if jax.default_backend() != "cpu" or x.dtype != jnp.float32 or not wide:
+    few = kernel.size < MIN_WEIGHTS
+    if not of_cpu() or x.dtype != jnp.float32 or few or x.ndim != 2 or len(x) > MAX_BATCH:
         return lax.dot_general(x, kernel, dimension_numbers, **options)
     return _product(x, kernel)
 

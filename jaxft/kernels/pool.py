@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxft.kernels import of_cpu
 from jaxft.kernels.conv import Pads, explicit_pads, windows
 
 Pair = tuple[int, ...]
@@ -28,7 +29,7 @@ def max_pool(
     x: jax.Array, window: Pair, strides: Pair = (1, 1), padding: str | Sequence[tuple[int, int]] = "VALID"
 ) -> jax.Array:
     """The same as `flax.linen.max_pool`, for x [B, H, W, C]."""
-    if jax.default_backend() != "cpu":
+    if not of_cpu():
         return nn.max_pool(x, window, strides, padding)  # type: ignore[arg-type]
     pads = explicit_pads(x, window, strides, padding)
     if min(map(min, pads)) < 0:
@@ -43,7 +44,7 @@ def avg_pool(
 
     Every window must hold a pixel that is not padding.
     """
-    if jax.default_backend() != "cpu":
+    if not of_cpu():
         mean = nn.avg_pool(x, window, strides, padding, count_include_pad=False)  # type: ignore[arg-type]
         return mean.astype(x.dtype)
     around = explicit_pads(x, window, strides, padding)

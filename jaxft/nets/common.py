@@ -357,7 +357,7 @@ def head_stages(
     """
 
     def layer(x: jax.Array, name: str, rate: float) -> jax.Array:
-        x = dropped(x.reshape(len(x), -1), name, rate, train)
+        x = dropped(x.reshape(x.shape[0], -1), name, rate, train)
         last = name == list(widths)[-1]
         x = dense(x, name, widths[name], jnp.float32 if last else dtype)
         return x if last else nn.relu(x)

@@ -157,11 +157,11 @@ class GoogLeNet(Net):
 
     def _conv1(self, x: jax.Array) -> jax.Array:
         # "SAME" would pad (2, 3).
-        return _normalize(_pool(self._relu_conv(x, "conv1_7x7_s2", 64, 7, 2, ((3, 3), (3, 3)))))
+        return local_response_norm(_pool(self._relu_conv(x, "conv1_7x7_s2", 64, 7, 2, ((3, 3), (3, 3)))))
 
     def _conv2(self, x: jax.Array) -> jax.Array:
         x = self._relu_conv(x, "conv2_3x3_reduce", 64, 1)
-        return _pool(_normalize(self._relu_conv(x, "conv2_3x3", 192, 3)))
+        return _pool(local_response_norm(self._relu_conv(x, "conv2_3x3", 192, 3)))
 
     def _module(self, name: str, widths: tuple[int, ...], x: jax.Array) -> jax.Array:
         one, reduce3, three, reduce5, five, projection = widths
@@ -181,7 +181,7 @@ class GoogLeNet(Net):
                 f"{x.shape[1]}×{x.shape[2]}: resize the images, or make the net with auxiliary=False"
             )
         assert self.num_classes is not None
-        x = nn.relu(dense(x.reshape(len(x), -1), f"{head}_fc", FC_WIDTH, self.dtype))
+        x = nn.relu(dense(x.reshape(x.shape[0], -1), f"{head}_fc", FC_WIDTH, self.dtype))
         name = f"{head}_classifier"
         return dense(dropped(x, name, rate, train), name, self.num_classes, jnp.float32)
 
@@ -194,7 +194,8 @@ def _pool(x: jax.Array) -> jax.Array:
     return max_pool(x, (3, 3), (2, 2), padding=((0, 1), (0, 1)))
 
 
-def _normalize(x: jax.Array) -> jax.Array:
+@jax.jit  # a name in the program, by which `jaxft.graph` knows it
+def local_response_norm(x: jax.Array) -> jax.Array:
     """Local response normalisation over five channels; α is divided by their number, as in Caffe."""
     around = jax.lax.reduce_window(x * x, 0.0, jax.lax.add, (1, 1, 1, 5), (1, 1, 1, 1), "SAME")
     return x / (1.0 + 1e-4 / 5 * around) ** 0.75
