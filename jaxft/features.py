@@ -12,7 +12,7 @@ import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -23,6 +23,9 @@ from jaxft.data import Augment, augment
 from jaxft.data.rows import CacheError, Rows, no_room
 from jaxft.predict import EvalStep, make_eval_step
 from jaxft.task import Task
+
+if TYPE_CHECKING:
+    from jaxft.model import Model
 
 Prefix = jax.stages.Wrapped
 """Jitted: (variables, uint8 images [B, H, W, 3], None or the `row` of each) → what the last frozen stage gives."""
@@ -101,6 +104,61 @@ def eval_step(net: nn.Module, weighted: Sequence[str], preprocessing: str, task:
     prefix = make_prefix(net, stage, normalise)
     rest = make_eval_step(net.apply, task.outputs, lambda x: x, stage)
     return lambda variables, images: rest(variables, prefix(variables, images, None))
+
+
+def of(
+    model: "Model",
+    stage: str,
+    images: Any,
+    *,
+    pool: bool = True,
+    image_size: tuple[int, int] | None = None,
+    batch_size: int = 16,
+) -> np.ndarray:
+    """The output of a stage for each of some images: bottleneck features.
+
+    Args:
+        model: from `model.load` or `model.open`.
+        stage: a stage of its net, a key of `model.net.layers()`.
+        images: an `Inputs` (without its augmentation, in the order of its indices), a `Dataset`, or a list of images,
+            each the bytes of a file or uint8 [H, W, C].
+        pool: take the mean over places, of a stage that has them.
+        image_size: (height, width) in pixels; by default that of the inputs, or that the model was trained at.
+        batch_size: images at once; another one may round differently.
+
+    Returns:
+        float32 [n, channels], or without pooling [n, …] as the stage gives it.
+
+    Raises:
+        ValueError: no such stage, or no size of images; or as `decode.pixels`.
+    """
+    from jaxft.data import Dataset, Inputs, loader
+    from jaxft.model import unlabelled
+    from jaxft.predict import evaluate
+
+    if stage not in (names := list(model.net.layers())):
+        raise ValueError(f"{stage!r} is not a stage of this net; its stages are {', '.join(names)}")
+    if not isinstance(images, Inputs):
+        size = image_size or model.image_size
+        if size is None:
+            raise ValueError("the size of the images is not known: say image_size=(224, 224)")
+        data = images if isinstance(images, Dataset) else unlabelled(images, ("none",), "class")
+        images = Inputs(data, np.arange(len(data)), size, batch_size, decode=model.decode)
+    prefix, shape = make_prefix(model.net, stage, preprocess.get(model.preprocessing)), ()
+
+    @jax.jit
+    def flat(variables: Mapping[str, Any], batch: jax.Array) -> jax.Array:
+        nonlocal shape
+        found = prefix(variables, batch, None)
+        found = found.mean((1, 2)) if pool and found.ndim == 4 else found
+        shape = found.shape[1:]
+        return found.reshape(len(found), -1).astype(np.float32)
+
+    mesh = devices.mesh()
+    variables = {kind: model.variables.get(kind, {}) for kind in ("params", "batch_stats")}
+    batches = loader.eval_batches(images, images.dataset.images, process=devices.process())
+    found = evaluate(flat, devices.replicate(variables, mesh), batches, mesh, len(images)).outputs
+    return found.reshape(len(found), *shape)
 
 
 def identity(net: nn.Module, variables: Mapping[str, Any], stage: str, **inputs: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxft import devices, feed, fetch, files, masking, report, runs, train_state
+from jaxft import devices, feed, fetch, files, masking, report, runs, train_state, watch
 from jaxft import task as tasks
 from jaxft.checkpoint import Checkpoints
 from jaxft.data import Inputs, decode, overlap
@@ -50,8 +50,9 @@ def finetune(
 ) -> tuple[Model, Predictions]:
     """Trains, or goes on training, and leaves everything about the run in its folder.
 
-    That is `config.json` (all that the result depends on), `history.csv`, `checkpoints/`, `model.json` (`model.open`
-    reads the folder), `predictions.csv` of the held-out images, `summary.json`, and the pictures of `report`.
+    That is `config.json` (all that the result depends on), `history.csv` and `.jsonl`, `checkpoints/`, `model.json`
+    (`model.open` reads the folder), `predictions.csv` of the held-out images, `summary.json`, and the pictures of
+    `report`.
 
     Args:
         model: where training starts; it stays as it is, and can be used again.
@@ -87,7 +88,8 @@ def finetune(
     )
     with closing(Checkpoints(run.folder / "checkpoints", record)) as checkpoints:
         progress = _resume(run, record, checkpoints, phases)
-        kept = _train(goal, nets, (train, held_out), phases, run, checkpoints, progress)
+        with watch.watching(run.watch, run.folder, record, progress.history) as tell:
+            kept = _train(goal, nets, (train, held_out), phases, run, checkpoints, progress, tell)
         ended, predictions, row, which = _end(goal, nets, held_out, run, checkpoints, progress, kept)
     if devices.is_writer():
         report.write_predictions(run.folder / "predictions.csv", predictions, held_out.dataset)
@@ -186,6 +188,7 @@ def _train(
     run: Run,
     checkpoints: Checkpoints,
     progress: Progress,
+    tell: watch.Told,
 ) -> dict[int, Predictions]:
     """Trains what is left of every phase; → step → held-out predictions of this process's best and last epoch."""
     mesh, sides = devices.mesh(), None
@@ -230,7 +233,8 @@ def _train(
             for step in set(kept) - {checkpoints.best()}:  # the run ends with the best or the last
                 del kept[step]
             kept[row["step"]] = found
-            runs.write_history(run.folder / "history.csv", [*progress.history, row])
+            runs.write_history(run.folder, [*progress.history, row])
+            tell(row)
             devices.say(epoch_line(row, task))
 
         state = fit(state, fed.train_step, fed.dispatches, plan, progress, checkpoints, judge)

@@ -1,6 +1,7 @@
 """`Model`: a net with what fills it, from a Keras weight file, from a finished run, or of one's own."""
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -122,13 +123,24 @@ class Model:
             self.batch_size,
             decode=self.decode,
         )
-        eval_step = features.eval_step(self.net, list(self.variables["params"]), self.preprocessing, self.task)
-        if mirrored:
-            eval_step = _both_ways(eval_step)
+        eval_step = self._both_ways if mirrored else self._eval_step
         mesh = devices.mesh()
         variables = {kind: self.variables.get(kind, {}) for kind in ("params", "batch_stats")}
         batches = loader.eval_batches(inputs, dataset.images, process=devices.process())
         return evaluate(eval_step, devices.replicate(variables, mesh), batches, mesh, len(inputs))
+
+    @functools.cached_property
+    def _eval_step(self) -> EvalStep:  # compiled once, however often `predict` is called
+        assert self.task is not None
+        return features.eval_step(self.net, list(self.variables["params"]), self.preprocessing, self.task)
+
+    @functools.cached_property
+    def _both_ways(self) -> EvalStep:
+        @jax.jit
+        def both(variables: Any, images: jax.Array) -> jax.Array:
+            return (self._eval_step(variables, images) + self._eval_step(variables, images[:, :, ::-1])) / 2
+
+        return both
 
     def save(self, folder: str | pathlib.Path) -> None:
         """Writes a folder that `open` reads: `model.json` and the variables.
@@ -148,16 +160,6 @@ class Model:
             checkpoints.close()
         if devices.is_writer():
             files.write_json(folder / "model.json", self.trained())
-
-
-def _both_ways(eval_step: EvalStep) -> EvalStep:
-    """The mean of what an eval step says of images and of their mirror images."""
-
-    @jax.jit
-    def both(variables: Any, images: jax.Array) -> jax.Array:
-        return (eval_step(variables, images) + eval_step(variables, images[:, :, ::-1])) / 2
-
-    return both
 
 
 def _replaced(task: Task) -> list[str]:

@@ -28,6 +28,7 @@ class Run:
         cache_features: "on", "off" or "auto": keep what the frozen prefix gives on disk; auto does so where that saves
             time. It changes no loss. Inputs must repeat: no augmentation or fixed views, and no mixing.
         keep: which state the run ends with and is judged by: "best" on the task's monitored value, or "last".
+        watch: who else is told of each epoch: tensorboard, wandb, mlflow. It changes no result.
 
     Raises:
         ValueError: a field out of its range.
@@ -38,6 +39,7 @@ class Run:
     save_every: int | None = None
     cache_features: Literal["auto", "on", "off"] = "auto"
     keep: Literal["best", "last"] = "best"
+    watch: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
 
     def __post_init__(self):
         if not isinstance(self.folder, str | pathlib.PurePath):
@@ -50,6 +52,9 @@ class Run:
         for name, choices in (("cache_features", ("auto", "on", "off")), ("keep", ("best", "last"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(choices)}")
+        if not isinstance(self.watch, tuple | list) or not set(self.watch) <= {"tensorboard", "wandb", "mlflow"}:
+            raise ValueError(f"watch={self.watch!r} is not a tuple of tensorboard, wandb and mlflow, or () for none")
+        object.__setattr__(self, "watch", tuple(self.watch))
 
 
 def record(
@@ -145,8 +150,16 @@ def write_record(folder: pathlib.Path, record: Mapping[str, Any], model: Mapping
         files.write_json(folder / "model.json", model)
 
 
-def write_history(file: pathlib.Path, history: Sequence[Mapping[str, Any]]) -> None:
-    """A csv, one row an epoch, written whole; blank where a figure is undefined or a phase has no such rate."""
+def write_history(folder: pathlib.Path, history: Sequence[Mapping[str, Any]]) -> None:
+    """`history.csv` and `history.jsonl`, one row an epoch, each written whole, so that resuming doubles none.
+
+    A figure that is undefined is blank in the one and null in the other; so is a rate that a phase does not have in the
+    first, where the second leaves it out.
+    """
     if devices.is_writer() and history:
         columns = list(dict.fromkeys(name for row in history for name in row))
-        files.write_csv(file, [{name: files.strict(row.get(name)) for name in columns} for row in history])
+        files.write_csv(
+            folder / "history.csv", [{name: files.strict(row.get(name)) for name in columns} for row in history]
+        )
+        lines = [json.dumps(files.strict(dict(row)), allow_nan=False) for row in history]
+        files.write_text(folder / "history.jsonl", "".join(f"{line}\n" for line in lines))

@@ -18,6 +18,7 @@ from jaxft.recipe import Batches, Course, Plan, Split, Start
 from jaxft.runs import Run
 
 FOLDER = pathlib.Path("runs/DATA-NET")  # stands for the names of both
+RUN = Run(FOLDER, watch=("tensorboard",))
 SETTINGS = "settings.yaml"
 WARP = Warp(rotation=10.0, shift=0.1, zoom=0.1, flip_horizontal=True)
 SHOWN = 20  # rows that predict prints without --out
@@ -34,7 +35,7 @@ def finetune(
     warp: Flat[Warp] = WARP,
     color: Flat[ColorJitter] = ColorJitter(),
     course: Flat[Course] = Course(),
-    run: Flat[Run] = Run(FOLDER),
+    run: Flat[Run] = RUN,
 ) -> None:
     """Fine-tune a pretrained net on your own images.
 

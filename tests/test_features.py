@@ -8,8 +8,8 @@ import tiny
 from tiny import cache as cache_folder  # noqa: F401
 from tiny import kept_programs, no_pictures  # noqa: F401
 
-from jaxft import features, feed, fetch, nets, optim, train
-from jaxft.data import augment
+from jaxft import features, feed, fetch, nets, optim, preprocess, train
+from jaxft.data import Inputs, augment
 from jaxft.data import rows as rows_module
 from jaxft.data.rows import Rows
 from jaxft.phase import Phase
@@ -351,3 +351,21 @@ def test_a_cache_folder_that_cannot_be_written_to(tmp_path, monkeypatch, capsys,
     said = capsys.readouterr().out
     assert "images are decoded anew in every epoch" in said and "feature cache off: " in said
     assert (tmp_path / "run" / "summary.json").exists()
+
+
+def test_features_in_one_call():
+    """Bug: features of images in another order, of another size, or augmented; a map that is not pooled."""
+    made = tiny.model()
+    data = tiny.dataset(10)
+    normalise = preprocess.get(made.preprocessing)
+    _, outputs = made.net.apply(made.variables, normalise(np.stack([data.images[i] for i in (7, 2, 5)])))
+    inputs = Inputs(data, np.asarray([7, 2, 5]), (8, 8), 2)
+    whole = features.of(made, "body", inputs, pool=False)
+    np.testing.assert_allclose(whole, outputs["body"], atol=1e-5)
+    np.testing.assert_allclose(features.of(made, "body", inputs), np.asarray(outputs["body"]).mean((1, 2)), atol=1e-5)
+    listed = features.of(made, "mean", [data.images[i] for i in (7, 2, 5)], image_size=(8, 8))
+    np.testing.assert_allclose(listed, outputs["mean"], atol=1e-5)
+    with pytest.raises(ValueError, match="'boddy' is not a stage of this net; its stages are stem, body"):
+        features.of(made, "boddy", inputs)
+    with pytest.raises(ValueError, match="say image_size"):
+        features.of(made, "body", data)

@@ -266,7 +266,7 @@ def test_a_folder_is_tried_without_a_trace(tmp_path):
 def test_a_history_keeps_the_columns_of_every_phase(tmp_path):
     """Bug: a phase without groups drops the rates of the one before it, or NaN is written as a word."""
     rows = [{"epoch": 1, "lr_head": 0.1, "val_loss": math.nan}, {"epoch": 2, "lr": 0.2, "val_loss": 1 / 3}]
-    runs.write_history(tmp_path / "history.csv", rows)
+    runs.write_history(tmp_path, rows)
     lines = (tmp_path / "history.csv").read_text(encoding="utf-8").splitlines()
     assert lines == ["epoch,lr_head,val_loss,lr", "1,0.1,,", f"2,,{1 / 3!r},0.2"]
 
