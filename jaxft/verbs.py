@@ -248,7 +248,7 @@ def list_nets() -> None:
     from jaxft import report
 
     rows = [
-        (name, f"{spec.params / 1e6:.1f}", f"{spec.gmac:.2f}", "×".join(map(str, spec.native_size)), weights)
+        (name, f"{spec.num_params / 1e6:.1f}", f"{spec.gmac:.2f}", "×".join(map(str, spec.native_size)), weights)
         for (name, spec), weights in zip(nets.ZOO.items(), pretrained.at_hand().values(), strict=True)
     ]
     report.columns("the nets", ("net", "million parameters", "GMAC", "pixels", "weights"), rows)
