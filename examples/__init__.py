@@ -1,0 +1,1 @@
+"""Short scripts, one idea each: python -m examples.bottleneck_svm. Their images are drawn: no results."""
