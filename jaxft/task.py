@@ -360,7 +360,7 @@ def _mean_of_defined(figures: Sequence[float]) -> float:
 
 
 def calibration_error(probability: np.ndarray, happened: np.ndarray) -> float:
-    """Expected calibration error: mean |probability - frequency| over 15 equal bins, weighted by their counts.
+    """Expected calibration error: mean distance of probability and frequency in 15 equal bins, weighted by counts.
 
     `probability` and `happened` (boolean) have shape [n]; NaN where n is 0.
 

@@ -13,7 +13,7 @@ EXPECTED = {
     "own_loop": lambda loss: 0 < loss < 100,
     "bottleneck_svm": lambda accuracy: accuracy > 0.5,  # chance is a third
     "gradual_unfreezing": lambda frozen: frozen == ["all-but-head", "through:block4"],
-    "custom_head": lambda layers: layers == 2,
+    "custom_head": lambda layers: layers == 3,
     "custom_loss": lambda largest: 0 < largest <= 1,
     "multi_label": lambda figures: "macro_f1" in figures and figures["loss"] > 0,
     "regression": lambda figures: 0 < figures["mae"] < 1,
