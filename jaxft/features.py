@@ -12,7 +12,7 @@ import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -23,9 +23,6 @@ from jaxft.data import Augment, augment
 from jaxft.data.rows import CacheError, Rows, no_room
 from jaxft.predict import EvalStep, make_eval_step
 from jaxft.task import Task
-
-if TYPE_CHECKING:
-    from jaxft.model import Model
 
 Prefix = jax.stages.Wrapped
 """Jitted: (variables, uint8 images [B, H, W, 3], None or the `row` of each) → what the last frozen stage gives."""
@@ -107,7 +104,7 @@ def eval_step(net: nn.Module, weighted: Sequence[str], preprocessing: str, task:
 
 
 def of(
-    model: "Model",
+    model: Any,
     stage: str,
     images: Any,
     *,
@@ -118,7 +115,7 @@ def of(
     """The output of a stage for each of some images: bottleneck features.
 
     Args:
-        model: from `model.load` or `model.open`.
+        model: a `Model`, from `model.load` or `model.open`.
         stage: a stage of its net, a key of `model.net.layers()`.
         images: an `Inputs` (without its augmentation, in the order of its indices), a `Dataset`, or a list of images,
             each the bytes of a file or uint8 [H, W, C].

@@ -40,7 +40,8 @@ def lower_bounds() -> list[str]:
 
 def test(python: str, packages: Packages, folder: pathlib.Path) -> str:
     """Installs into a fresh environment and runs the tests; what to say of it."""
-    environment = folder / f"{pathlib.Path(python).name}-{packages}"
+    said = subprocess.run([python, "--version"], capture_output=True, encoding="utf-8", check=True).stdout
+    environment = folder / f"{said.strip().replace(' ', '-')}-{packages}"
     subprocess.run([python, "-m", "venv", environment], check=True)
     own, options = environment / "bin" / "python", []
     if packages == "tested":
