@@ -8,7 +8,7 @@ import dataclasses
 import os
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +23,7 @@ from jaxft.files import write_whole
 
 AUTOMATIC = re.compile(r"(?:convolution2d|conv2d|dense|batchnormalization|batch_normalization|scale)(?:_(\d+))?")
 _KERAS1_FIELD = re.compile(r"(.+)_(W|b|gamma|beta|running_mean|running_std)(?:_\d+)?")
+NESTED = "backbone"  # the name of a nested model in a file of Keras 2; Keras goes by the order
 _MEMBER = "model.weights.h5"  # of a .keras zip
 _BFLOAT16 = np.dtype("V2")  # what h5py makes of it; no other two bytes are in a weight file
 _RANDOM_STATE = ("seed_generator", "seed_generator_state", "StateVar")  # of dropout and augmentation: no weights
@@ -328,10 +329,15 @@ def _keras3(group: h5py.Group, prefix: str = "") -> Iterator[Layer]:
             yield Layer(attribute if keyed or name is None else name, tuple(tensors))
 
 
-def write(path: Path, layers: Sequence[tuple[str, str, Mapping[str, np.ndarray]]]) -> None:
+def write(
+    path: Path, layers: Sequence[tuple[str, str, Mapping[str, np.ndarray]]], nested: Collection[str] = ()
+) -> None:
     """Writes (name, Keras class in snake case, field → array) for each layer, as Keras 3 (`.weights.h5`) or 2 (`.h5`).
 
     The file is put in place whole: a failure leaves what was there.
+
+    Args:
+        nested: the layers that lie in a model of their own inside of the model, which is its first layer with weights.
 
     Raises:
         ValueError: another suffix.
@@ -342,14 +348,31 @@ def write(path: Path, layers: Sequence[tuple[str, str, Mapping[str, np.ndarray]]
 
     def fill(partial: Path) -> None:
         with h5py.File(partial, "w") as file:
-            (_write_keras3 if path.name.endswith(".weights.h5") else _write_keras2)(file, layers)
+            inner = [layer for layer in layers if layer[0] in nested]
+            outer = [layer for layer in layers if layer[0] not in nested]
+            if path.name.endswith(".weights.h5"):
+                _write_keras3(file, outer)
+                _write_keras3(file, inner, "layers/functional/")
+            else:
+                _write_keras2(file, outer, inner)
 
     write_whole(path, fill)
 
 
-def _write_keras2(file: h5py.File, layers: Sequence[tuple[str, str, Mapping[str, np.ndarray]]]) -> None:
+def _write_keras2(
+    file: h5py.File,
+    layers: Sequence[tuple[str, str, Mapping[str, np.ndarray]]],
+    inner: Sequence[tuple[str, str, Mapping[str, np.ndarray]]],
+) -> None:
     file.attrs["backend"], file.attrs["keras_version"] = b"tensorflow", b"2.15.0"
-    file.attrs["layer_names"] = [name.encode() for name, _, _ in layers]
+    file.attrs["layer_names"] = [*([NESTED.encode()] if inner else []), *(name.encode() for name, _, _ in layers)]
+    if inner:  # Keras lists what it trains of a nested model, then its running statistics
+        group = file.create_group(NESTED)
+        fields = [(f"{name}/{field}:0", array) for name, _, fields in inner for field, array in fields.items()]
+        fields.sort(key=lambda entry: "/moving_" in entry[0])
+        group.attrs["weight_names"] = [name.encode() for name, _ in fields]
+        for name, array in fields:
+            group[name] = array
     for name, _, fields in sorted(layers, key=lambda layer: layer[0]):
         group = file.create_group(name)
         group.attrs["weight_names"] = [f"{name}/{field}:0".encode() for field in fields]
@@ -357,11 +380,13 @@ def _write_keras2(file: h5py.File, layers: Sequence[tuple[str, str, Mapping[str,
             group[f"{name}/{field}:0"] = array
 
 
-def _write_keras3(file: h5py.File, layers: Sequence[tuple[str, str, Mapping[str, np.ndarray]]]) -> None:
+def _write_keras3(
+    file: h5py.File, layers: Sequence[tuple[str, str, Mapping[str, np.ndarray]]], prefix: str = ""
+) -> None:
     counts: dict[str, int] = {}
     for name, kind, fields in layers:
         number = counts[kind] = counts.get(kind, -1) + 1
-        group = file.create_group(f"layers/{kind}_{number}/vars" if number else f"layers/{kind}/vars")
+        group = file.create_group(f"{prefix}layers/{kind}_{number}/vars" if number else f"{prefix}layers/{kind}/vars")
         group.attrs["name"] = name
         for n, array in enumerate(fields.values()):
             group[str(n)] = array

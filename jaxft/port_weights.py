@@ -185,18 +185,25 @@ def load(
     return variables, report
 
 
-def save(name: str, variables: Mapping[str, Any], path: str | os.PathLike[str], **options: Any) -> None:
+def save(
+    name: str, variables: Mapping[str, Any], path: str | os.PathLike[str], *, nested: bool = False, **options: Any
+) -> None:
     """Writes variables of the net called `name` so that Keras's `load_weights` reads them into the same architecture.
 
     A path that ends in `.weights.h5` gets the layout of Keras 3, another `.h5` that of Keras 2, which both read.
-    `options` are the fields of the net's class that the variables were made with, `num_classes` excepted.
+
+    Args:
+        nested: the backbone is a model of its own inside of the Keras model, all of it trainable, and the head follows
+            it, as in `keras.Sequential([keras.applications.ResNet50(include_top=False), …, Dense(5)])`.
+        options: the fields of the net's class that the variables were made with, `num_classes` excepted.
 
     Raises:
         ValueError: no net has that name, the variables are not those of that net, or another suffix.
         OSError: the file cannot be written; what was there before is left.
     """
     head = variables["params"].get(nets.spec(name).head)
-    expected = expect(name, nets.create(name, None if head is None else len(head["bias"]), **options))
+    net = nets.create(name, None if head is None else len(head["bias"]), **options)
+    expected = expect(name, net)
     stored = {
         layer: {**leaves, **variables.get("batch_stats", {}).get(layer, {})}
         for layer, leaves in variables["params"].items()
@@ -213,7 +220,9 @@ def save(name: str, variables: Mapping[str, Any], path: str | os.PathLike[str], 
         keras_class = kind(list(leaves.values()))
         fields = {KERAS_FIELDS[keras_class][leaf]: np.asarray(stored[layer][leaf], np.float32) for leaf in leaves}
         layers.append((layer, keras_class, fields))
-    write(Path(path).expanduser(), layers)
+    outside = {*nets.spec(name).classifier, *net.head_layers()}
+    inner = [layer for layer, _, _ in layers if layer not in outside] if nested else ()
+    write(Path(path).expanduser(), layers, inner)
 
 
 @dataclasses.dataclass(frozen=True)

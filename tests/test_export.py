@@ -246,3 +246,25 @@ def test_the_graph_holds_every_layer(name):
     found = graph.of(model.Model(net, variables, nets.spec(name).preprocessing, name, image_size=side))
     assert {layer.name for layer in found.layers if layer.name} == set(variables["params"])
     assert found.layers[found.heads[0]].shape == (3,)
+
+
+@pytest.mark.parametrize("ending", [".weights.h5", ".h5"])
+@pytest.mark.parametrize("name", ["vgg16", "resnet50"])
+def test_a_keras_model_with_a_nested_backbone(tmp_path, name, ending):
+    """Bug: the model that most Keras scripts build, a backbone within a Sequential, cannot load what is written."""
+    import keras
+
+    from jaxft import port_weights
+
+    made = trained(name, hidden=(7,))
+    path = tmp_path / f"model{ending}"
+    options = {"fc": False} if name == "vgg16" else {}
+    port_weights.save(name, dict(made.variables), path, nested=True, hidden=(7,), **options)
+    application = {"vgg16": keras.applications.VGG16, "resnet50": keras.applications.ResNet50}[name]
+    base = application(include_top=False, weights=None, input_shape=(32, 32, 3))
+    head = [keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(7, "relu"), keras.layers.Dense(3, "softmax")]
+    net = keras.Sequential([keras.Input((32, 32, 3)), base, *head])
+    net.load_weights(path)
+    given = images(made)
+    prepared = keras.applications.resnet.preprocess_input(given.astype(np.float32))
+    np.testing.assert_allclose(np.asarray(net(prepared)), made.predict(list(given)).outputs, atol=2e-5)
