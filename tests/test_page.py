@@ -178,5 +178,7 @@ def test_templates_are_packed():
 
     root = pathlib.Path(__file__).parents[1]
     with (root / "pyproject.toml").open("rb") as file:
-        packed = tomllib.load(file)["tool"]["setuptools"]["package-data"]["jaxft"]
-    assert "templates/*" in packed and (root / "jaxft" / "templates" / "report.html").is_file()
+        settings = tomllib.load(file)["tool"]["setuptools"]
+    assert "jaxft.templates" in settings["packages"]
+    assert settings["package-data"]["jaxft.templates"] == ["*.html", "*.md"]
+    assert (root / "jaxft" / "templates" / "report.html").is_file()
