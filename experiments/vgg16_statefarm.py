@@ -73,8 +73,8 @@ def main(
     dataset, is_standin = statefarm_data.open_data(data_dir, run.seed)
     sized = partial(Inputs, dataset, image_size=(image_size, image_size), batch_size=batch_size)
     inputs = statefarm_data.sides(sized, dataset.groups, (fold, folds, run.seed), warp, views)
-    weights, options = statefarm_data.vgg16_head(head, weights, image_size)
-    model = load("vgg16", len(dataset.classes), weights=weights, order=order, dtype=dtype, seed=run.seed, **options)
+    found, options = statefarm_data.vgg16_head(head, weights, image_size)
+    model = load("vgg16", len(dataset.classes), weights=found, order=order, dtype=dtype, seed=run.seed, **options)
     trained, _ = finetune(model, task.classification(), *inputs, [phase], run, config={"fold": fold, "folds": folds})
     statefarm_data.show("VGG16 on held-out drivers", run, trained, is_standin)
 

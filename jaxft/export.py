@@ -322,7 +322,7 @@ class _OnnxWriter:
         self.nodes.append(self.library.helper.make_node(kind, inputs, [output], **options))
         return output
 
-    def array(self, values: np.ndarray, name: str | None = None) -> str:
+    def array(self, values: np.ndarray | np.floating, name: str | None = None) -> str:
         name = name or f"a{len(self.arrays)}"
         self.arrays.append(self.library.numpy_helper.from_array(np.ascontiguousarray(values), name))
         return name

@@ -172,7 +172,7 @@ def identity(net: nn.Module, variables: Mapping[str, Any], stage: str, **inputs:
         for layer in sorted(prefix & set(variables.get(collection, {}))):
             for leaf, value in sorted(variables[collection][layer].items()):
                 weights.update(f"{collection}/{layer}/{leaf}".encode())
-                weights.update(np.ascontiguousarray(value))
+                weights.update(np.ascontiguousarray(value).data)
     found = {"net": type(net).__name__, "stage": stage, "weights": weights.hexdigest(), **inputs}
     versions = devices.versions()
     return json.loads(json.dumps(found | {"jax": versions["jaxlib"], "device": versions["device"]}))

@@ -140,12 +140,13 @@ def make(
             cache = _open_cache(net, preprocessing, stage, prefix, state, sides, run, epochs)
         if cache:
             eval_step = make_eval_step(net.apply, task.outputs, lambda x: x, stage)
-            sides = train_side, held_out = [Side(side.inputs, None) for side in sides]  # memory is for the features
+            train_side, held_out = Side(inputs, None), Side(held_out.inputs, None)  # memory is for the features
+            sides = train_side, held_out
             at_once = steps_at_once(cache["held out"].shape)
             step = train.several(rest) if at_once > 1 else rest
         else:
 
-            def step(state: TrainState, batch: Batch) -> Any:
+            def step(state: TrainState, batch: Batch, /) -> Any:
                 rows = batch.get("row")
                 return rest(state, batch | {"image": prefix(state.variables(), batch["image"], rows)})
 

@@ -31,7 +31,8 @@ def keep_programs() -> pathlib.Path:
 
     That is `$JAX_COMPILATION_CACHE_DIR` if it is set, else `compiled` in the folder of fetched files.
     """
-    folder = pathlib.Path(jax.config.jax_compilation_cache_dir or fetch.cache_folder() / "compiled")
+    set_already: str | None = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    folder = pathlib.Path(set_already or fetch.cache_folder() / "compiled")
     jax.config.update("jax_compilation_cache_dir", str(folder))
     # JAX keeps by itself only what took a second; of building a state there are dozens that take milliseconds each.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

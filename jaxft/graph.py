@@ -125,7 +125,7 @@ def _marked(module: Any, x: jax.Array, options: dict[str, dict[str, Any]]) -> ja
         noted["padding"] = _pads(module.padding, module.kernel_size, noted["strides"], x.shape[1:3])
     if isinstance(module, BatchNorm):
         noted["epsilon"] = module.epsilon
-    options[module.name] = noted
+    options[str(module.name)] = noted
     layer.__name__ = f"{MARK}{module.name}"
     return jax.jit(layer)(x)
 

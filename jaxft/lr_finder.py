@@ -75,7 +75,9 @@ def find(
     with closing(stream):
         curve = range_test(state, step, (devices.shard(batch, mesh) for batch in stream), **limits)
     if picture is not None and devices.is_writer():
-        report.lr_curve(pathlib.Path(picture).expanduser(), curve.rates, curve.losses, curve.suggestion)
+        report.lr_curve(
+            pathlib.Path(picture).expanduser(), curve.rates.tolist(), curve.losses.tolist(), curve.suggestion
+        )
     return curve
 
 

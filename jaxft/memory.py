@@ -39,8 +39,8 @@ def largest_batch(model: Model, task: Task, phase: Phase, inputs: Inputs, batch_
             pixels, name = "×".join(map(str, inputs.image_size)), model.name or type(model.net).__name__
             raise ValueError(
                 f"{name} at {pixels} pixels takes about {wanted / 2**30:.1f} GiB for one "
-                f"image a step, and {free / 2**30:.1f} GiB are free; take smaller images (--image-size), freeze more "
-                f"(--freeze), or take a smaller net (--net)"
+                f"image a step, and {SHARE * free / 2**30:.1f} GiB can be had; take smaller images (--image-size), "
+                f"freeze more (--freeze), or take a smaller net (--net)"
             )
         size = max(least, size // 2 // least * least)
     return size

@@ -16,7 +16,8 @@ import numpy as np
 from jaxft import masking, memory, nets, optim, settings
 from jaxft import task as tasks
 from jaxft.checks import check_count, check_real
-from jaxft.data import Augment, Inputs, augment, folds, mix, order
+from jaxft.data import Inputs, augment, folds, mix, order
+from jaxft.data.augment import ColorJitter, Warp
 from jaxft.data.dataset import Dataset
 from jaxft.data.decode import Decode
 from jaxft.data.source import Source, read
@@ -242,7 +243,7 @@ def _stratified_folds(strata: Sequence[Any], count: int, seed: int) -> np.ndarra
     """The fold of each example, by folds taken off one after another, each the same share of every stratum."""
     of, left = np.zeros(len(strata), int), np.arange(len(strata))
     for fold in range(count - 1):
-        taken, rest = folds.stratified_split([strata[i] for i in left], 1 / (count - fold), seed + fold)
+        taken, rest = folds.stratified_split([strata[i] for i in left.tolist()], 1 / (count - fold), seed + fold)
         of[left[taken]], left = fold, left[rest]
     of[left] = count - 1
     return of
@@ -280,7 +281,7 @@ def inputs_of(
     division: Division,
     batches: Batches,
     decode: Decode,
-    changes: Sequence[Augment],
+    changes: Sequence[Warp | ColorJitter],
     sizes: tuple[int, int],
 ) -> tuple[Inputs, Inputs]:
     """(train, held_out). `changes` are augmentations, of which those that change nothing are left out.
@@ -379,7 +380,7 @@ def plan(
     split: Split,
     batches: Batches,
     decode: Decode,
-    changes: Sequence[Augment],
+    changes: Sequence[Warp | ColorJitter],
     course: Course,
     seed: int,
 ) -> Plan:

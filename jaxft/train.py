@@ -186,8 +186,9 @@ def make_train_step(task: Task, num_outputs: int, prepare: Prepare, start: str |
         # The optimizer wants a tree of every layer; the zeros of frozen ones are constants that XLA removes.
         full = masking.merge(grads, jax.tree.map(jnp.zeros_like, frozen), state.params)
         tx = state.tx(state.lr_scale)
+        updates: Any
         updates, opt_state = tx.update(full, state.opt_state, state.params, value=loss, grad=full)
-        trainable = optax.apply_updates(trainable, masking.split(updates, state.labels)[0])
+        trainable: Any = optax.apply_updates(trainable, masking.split(updates, state.labels)[0])
         score, score_of = task.score
         figures = {
             "loss": loss,

@@ -27,6 +27,8 @@ ROWS = [
     {"features", "predict", "data"},
     {"feed", "train"},
     {"finetune"},
+    {"recipe", "lr_finder"},
+    {"verbs"},
 ]
 
 
@@ -175,7 +177,10 @@ def test_the_library_knows_nothing_of_its_users():
     assert not found, "\n".join(found)
 
 
-HEAVY = {"matplotlib", "sklearn", "tensorflow_datasets", "orbax", "tensorflow", "keras", "torch"}
+HEAVY = set(
+    "matplotlib sklearn tensorflow_datasets orbax tensorflow keras torch onnx onnxruntime safetensors tensorboardX "
+    "wandb mlflow starlette uvicorn jinja2 pyarrow".split()
+)
 
 
 @pytest.mark.parametrize(
@@ -189,6 +194,7 @@ HEAVY = {"matplotlib", "sklearn", "tensorflow_datasets", "orbax", "tensorflow", 
         ("jaxft.devices", HEAVY),
         ("jaxft.port_weights", HEAVY),
         ("jaxft.features", HEAVY - {"orbax"}),
+        ("jaxft.verbs", HEAVY - {"orbax"}),
         ("jaxft.checkpoint", HEAVY - {"orbax"}),
     ],
 )

@@ -62,8 +62,12 @@ def examine(
     found += _odd(dataset, looks)
     if not brief:
         found += _near(dataset, looks, train, held_out)
-    kinds = "unreadable duplicate near-duplicate leak few imbalance labels unknown size mode group".split()
-    return sorted(found, key=lambda finding: (not finding.serious, kinds.index(finding.kind)))
+    return sorted(found, key=lambda finding: (not finding.serious, _KINDS.index(finding.kind)))
+
+
+_KINDS: tuple[str, ...] = tuple(
+    "unreadable duplicate near-duplicate leak few imbalance labels unknown size mode group".split()
+)
 
 
 @dataclass(frozen=True)
@@ -142,7 +146,7 @@ def _labels(dataset: Dataset) -> list[Finding]:
         if len(alike) > 1:
             shown = ", ".join(map(repr, alike))
             found.append(_finding("labels", True, f"classes that differ in case or spaces alone: {shown}", alike, 0))
-    known = dataset.known if dataset.known.ndim == 1 else dataset.known.any(1)
+    known = np.atleast_1d(dataset.known.reshape(len(dataset), -1).any(1))
     if count := int((~known).sum()):
         names = [name for name, is_known in zip(dataset.names, known, strict=True) if not is_known]
         found.append(_finding("unknown", False, f"{count} images have no label, and take no part", names))
@@ -181,16 +185,16 @@ def _equal(dataset: Dataset, train: np.ndarray | None, held_out: np.ndarray | No
 def _near(
     dataset: Dataset, looks: Sequence[_Look], train: np.ndarray | None, held_out: np.ndarray | None
 ) -> list[Finding]:
-    rows = np.asarray([i for i, look in enumerate(looks) if look.traits is not None], int)
-    if len(rows) < 2:
+    found = [(i, look.traits) for i, look in enumerate(looks) if look.traits is not None]
+    if len(found) < 2:
         return []
-    traits = [looks[i].traits or () for i in rows]
+    rows, traits = [i for i, _ in found], [traits for _, traits in found]
     signs = np.stack([np.where(bits, 1, -1) for bits, _ in traits]).astype(np.float32)
     limit, block, pairs = signs.shape[1] - 2 * NEAR, 1024, []
     for first in range(0, len(rows), block):
         alike = signs[first : first + block] @ signs[first:].T >= limit
         for a, b in np.argwhere(np.triu(alike, 1)).tolist():
-            i, j = int(rows[first + a]), int(rows[first + b])
+            i, j = rows[first + a], rows[first + b]
             likeness = traits[first + a][1].astype(np.float32) @ traits[first + b][1].astype(np.float32)
             if likeness >= LIKE and dataset.digests[i] != dataset.digests[j]:
                 pairs.append((i, j))

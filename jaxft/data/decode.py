@@ -294,5 +294,5 @@ def _squashed(
     else:  # one by one: opacity must not weigh colours, and Pillow has no modes of more channels
         parts = [Image.fromarray(np.ascontiguousarray(image[..., channel])) for channel in range(channels)]
     # Pillow's bilinear filter widens with the reduction, so that nothing aliases.
-    done = [_array(part.resize(size[::-1], Image.Resampling.BILINEAR, box)) for part in parts]
+    done = [_array(part.resize((size[1], size[0]), Image.Resampling.BILINEAR, box)) for part in parts]
     return done[0] if len(done) == 1 else np.concatenate(done, -1)

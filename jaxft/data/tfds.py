@@ -4,29 +4,14 @@ Import this where such a dataset is read, not at the top of a module: tensorflow
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from tensorflow_datasets.proto import tf_example_pb2
 
 from jaxft.data.dataset import Dataset
 from jaxft.data.source import SPLITS, Source, numbered
-
-
-@dataclass(frozen=True)
-class Records:
-    """The encoded images in a feature of raw TFDS records, one source after another."""
-
-    sources: tuple[Any, ...]
-    feature: str
-
-    def __len__(self) -> int:
-        return sum(map(len, self.sources))
-
-    def __getitem__(self, index: int, /) -> bytes:
-        return _example(self.sources, index).feature[self.feature].bytes_list.value[0]
+from jaxft.data.tfds_records import Images
 
 
 def read(name: str, classes: Sequence[str] | None = None) -> Source:
@@ -46,7 +31,7 @@ def read(name: str, classes: Sequence[str] | None = None) -> Source:
         builder: Any = tfds.builder(name, file_format="array_record", try_gcs=False)
         if not builder.data_path.exists():
             builder.download_and_prepare()
-    except tfds.core.registered.DatasetNotFoundError as error:
+    except tfds.core.DatasetNotFoundError as error:
         raise ValueError(f"tensorflow-datasets knows no {name!r}, and none is prepared under that name") from error
     except (ImportError, OSError, ValueError, RuntimeError, NotImplementedError) as error:
         raise ValueError(
@@ -59,16 +44,18 @@ def read(name: str, classes: Sequence[str] | None = None) -> Source:
     labels = [key for key, feature in features.items() if _kind(feature)]
     if len(image) != 1 or not labels:
         raise ValueError(
-            f"tfds:{name} has the features {', '.join(features)}; expected one image, and a class, classes or a number"
+            f"tfds:{name} has the features {', '.join(sorted(features))}; expected one image, and a class, classes or "
+            f"a number"
         )
     label = "label" if "label" in labels else labels[0]
     raw = tfds.decode.DeserializeMethod.RAW_BYTES
     splits = list(builder.info.splits)
     sources = tuple(builder.as_data_source(split, deserialize_method=raw) for split in splits)
     names = tuple(f"{split}/{i}" for split, source in zip(splits, sources, strict=True) for i in range(len(source)))
-    values = [_example(sources, i).feature[label] for i in range(len(names))]
+    images = Images(sources, image[0])
+    values = [images.example(i)[label] for i in range(len(names))]
     array, known, target = _labels(values, features[label], classes, name)
-    dataset = Dataset(name, Records(sources, image[0]), array, names, names, known, target)  # type: ignore[arg-type]
+    dataset = Dataset(name, images, array, names, names, known, target)  # type: ignore[arg-type]
     return Source(dataset, tuple(SPLITS.get(each.partition("/")[0].lower(), "") for each in names))
 
 
@@ -77,8 +64,10 @@ def _kind(feature: Any) -> str | None:
         return "class"
     if isinstance(feature, tfds.features.Sequence) and isinstance(feature.feature, tfds.features.ClassLabel):
         return "labels"
-    is_number = isinstance(feature, tfds.features.Scalar) or type(feature) is tfds.features.Tensor
-    return "values" if is_number and feature.shape == () and np.dtype(feature.np_dtype).kind == "f" else None
+    if isinstance(feature, tfds.features.Scalar) or type(feature) is tfds.features.Tensor:
+        kind: Any = feature.np_dtype
+        return "values" if feature.shape == () and np.dtype(kind).kind == "f" else None
+    return None
 
 
 def _labels(values: list[Any], feature: Any, classes: Sequence[str] | None, name: str) -> tuple[Any, Any, str]:
@@ -94,11 +83,3 @@ def _labels(values: list[Any], feature: Any, classes: Sequence[str] | None, name
     known = tuple(names if classes is None else classes)
     numbered([text for found in sets for text in found], known, f"tfds:{name}")
     return np.asarray([[each in found for each in known] for found in sets], np.int32), known, "labels"
-
-
-def _example(sources: Sequence[Any], index: int) -> Any:
-    for source in sources:
-        if index < len(source):
-            return tf_example_pb2.Example.FromString(source[index]).features  # pyright: ignore[reportAttributeAccessIssue]
-        index -= len(source)
-    raise IndexError("there are fewer images")

@@ -52,19 +52,24 @@ class Records:
 
 @dataclass(frozen=True)
 class Images:
-    """The encoded images of raw TFDS records, one source after another."""
+    """The encoded images in one feature of raw TFDS records, one source after another."""
 
     sources: tuple[Any, ...]
+    feature: str = "image"
 
     def __len__(self) -> int:
         return sum(map(len, self.sources))
 
     def __getitem__(self, index: int, /) -> bytes:
+        return self.example(index)[self.feature].bytes_list.value[0]
+
+    def example(self, index: int) -> Mapping[str, Any]:
+        """The encoded features of an example, by name."""
         for source in self.sources:
             if index < len(source):
                 # TFDS's own decoding of the other features takes six times as long as this.
                 example = tf_example_pb2.Example.FromString(source[index])  # pyright: ignore[reportAttributeAccessIssue]
-                return example.features.feature["image"].bytes_list.value[0]
+                return example.features.feature
             index -= len(source)
         raise IndexError(f"there are {len(self)} images")
 
