@@ -3,6 +3,7 @@
 import argparse
 import functools
 import inspect
+import os
 import pathlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -127,6 +128,9 @@ def exits(debug: bool = False) -> Iterator[None]:
     except Stopped as stopped:
         print(f"{stopped}; run the same command again to go on", file=sys.stderr)
         sys.exit(128 + stopped.signum)
+    except BrokenPipeError:  # who read the output, `head` say, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + 13)  # SIGPIPE
     except KeyboardInterrupt:
         print("stopped before the next save; run the same command again to go on from the last one", file=sys.stderr)
         sys.exit(130)

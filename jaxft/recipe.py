@@ -27,7 +27,7 @@ from jaxft.phase import Phase
 from jaxft.task import Task
 
 QUANTILES = 10  # strata of values
-BATCH_SIZE = 16  # the origin's, where it fits into memory
+BATCH_SIZE = 16  # the Keras guide's, where it fits into memory
 
 
 @dataclasses.dataclass(frozen=True)

@@ -193,6 +193,16 @@ def test_help_teaches():
     assert "Exit statuses" in done.stdout and "--tyro-print-completion" in done.stdout
 
 
+def test_a_reader_that_has_enough():
+    """Bug: `jaxft finetune --help | head` ends in a word about a broken pipe."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "jaxft", "finetune", "--help"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, encoding="utf-8", cwd=ROOT)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 def test_completion():
     """Bug: the shell completes nothing."""
     command = [sys.executable, "-m", "jaxft", "--tyro-print-completion", "bash"]
