@@ -441,6 +441,7 @@ def _rates(axes: Axes, history: Sequence[Mapping[str, Any]], epochs: Sequence[fl
     positive = [rate for name in names for rate in _column(history, name) if rate > 0]
     if positive and max(positive) > 20 * min(positive):
         axes.set_yscale("log")
+        axes.set_ylim(bottom=max(min(positive) / 2, max(positive) / 1e4))  # half a cosine ends next to nothing
     else:
         _from_zero(axes)
     axes.set_title("learning rate at the epoch's end")
