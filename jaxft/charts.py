@@ -48,10 +48,10 @@ def lines(
         _scale(low, high, HEIGHT - BOTTOM, TOP),
     )
     parts = _frame(at_x, at_y, _ticks(low, high), _whole_ticks(min(xs, default=0), max(xs, default=1)), x)
-    for place, word in (marks or {}).items():
+    for row, (place, word) in enumerate((marks or {}).items()):
         parts.append(f'<path class="mark" d="M{at_x(place):.1f} {TOP}V{HEIGHT - BOTTOM}"/>')
-        end = at_x(place) > WIDTH * 0.7
-        parts.append(_text(at_x(place) + (-4 if end else 4), TOP + 10, word, "end" if end else "start", "faint"))
+        end, at = at_x(place) > WIDTH * 0.7, TOP + 10 + 14 * (row % 2)  # words of neighbours stand below each other
+        parts.append(_text(at_x(place) + (-4 if end else 4), at, word, "end" if end else "start", "faint"))
     for number, (name, (px, py)) in enumerate(series.items()):
         colour, pen, path = f"c{number % 4}", "M", []
         for a, b in zip(px, py, strict=True):
