@@ -14,10 +14,10 @@ text{font:12px system-ui,sans-serif;fill:var(--text,#24292f)}.faint{fill:var(--f
 .mark{stroke:var(--faint,#6b7280);stroke-width:1;stroke-dasharray:3 3}
 .c0{stroke:var(--c0,#0969da);fill:var(--c0,#0969da)}.c1{stroke:var(--c1,#bc4c00);fill:var(--c1,#bc4c00)}
 .c2{stroke:var(--c2,#1a7f37);fill:var(--c2,#1a7f37)}.c3{stroke:var(--c3,#8250df);fill:var(--c3,#8250df)}
-path.c0,path.c1,path.c2,path.c3{fill:none;stroke-width:2}.cell{fill:var(--c0,#0969da)}.pale{fill:#fff}"""
+path.c0,path.c1,path.c2,path.c3{fill:none;stroke-width:2}.cell{fill:var(--cell,#0969da)}.pale{fill:#fff}"""
 DARK = """\
 @media (prefers-color-scheme:dark){svg{--text:#e6edf3;--faint:#8b949e;--line:#30363d;--c0:#58a6ff;--c1:#f0883e;
---c2:#3fb950;--c3:#bc8cff;background:#0d1117}}"""
+--c2:#3fb950;--c3:#bc8cff;--cell:#1f6feb;background:#0d1117}}"""
 
 Points = tuple[Sequence[float], Sequence[float]]
 
