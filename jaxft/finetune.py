@@ -223,7 +223,7 @@ def _train(
         fed = feed.make(net, goal.preprocessing, task, state, sides, run, epochs, mesh)
         if len(phases) > 1:
             frozen = f"{phase.frozen} frozen, " if net.frozen else ""
-            devices.say(f"phase {number + 1} of {len(phases)}: {frozen}{phase.epochs} epochs")
+            devices.say(f"phase {number + 1} of {len(phases)}: {frozen}{phase.duration}")
 
         def judge(state: TrainState, row: dict[str, Any], fed: feed.Feed = fed) -> None:
             found = None

@@ -97,6 +97,11 @@ class Phase:
                 f"optim.Scaled(plateau, factor), not {sorted(map(repr, plateaus))}"
             )
 
+    @property
+    def duration(self) -> str:
+        """In words: "1 epoch", "20 epochs"."""
+        return f"{self.epochs} epoch" if self.epochs == 1 else f"{self.epochs} epochs"
+
     def schedules(self) -> dict[str, Schedule]:
         """Label → schedule, for "trainable" and every group that has one."""
         if isinstance(self.schedule, Mapping):

@@ -452,7 +452,7 @@ def told(plan: Plan) -> list[tuple[str, str, str]]:
         early = f", fewer if {phase.patience} in a row are no better" if phase.patience else ""
         what = "the new layers" if phase.frozen == "all-but-head" else f"all but what {phase.frozen} freezes"
         flags = "--head-epochs --head-lr" if phase.frozen == "all-but-head" else "--epochs --lr --freeze --patience"
-        lines.append((f"phase {number}", f"{what}: {phase.epochs} epochs{early}; rate {rates}", flags))
+        lines.append((f"phase {number}", f"{what}: {phase.duration}{early}; rate {rates}", flags))
     return lines
 
 

@@ -100,3 +100,8 @@ def test_gradual_unfreezing():
         phase.unfreeze(Tiny(), base, ["boddy"])
     with pytest.raises(ValueError, match="from the last to the first"):
         phase.unfreeze(Tiny(), base, ["stem", "body"])
+
+
+def test_duration():
+    """Bug: "1 epochs"."""
+    assert [Phase(count, optim.Constant(1e-3)).duration for count in (1, 2)] == ["1 epoch", "2 epochs"]
