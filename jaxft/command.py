@@ -23,6 +23,8 @@ PROCESSES = """\
 One run over several processes: start each with --coordinator HOST:PORT --processes N --process INDEX; under Slurm, Open
 MPI or Kubernetes they find each other."""
 MORE = f"""\
+Fine-tune pretrained convolutional networks on your own images.
+
 jaxft VERB --help shows the settings of each. For every verb: --config FILE takes settings from a YAML file, of which
 those on the command line are stronger; --debug shows where an error comes from; --version. Exit statuses: 0 done; 1 an
 error; 2 a bad command line; 128 + N stopped by signal N. Shell completion: jaxft --tyro-print-completion bash (or zsh).
