@@ -209,7 +209,8 @@ def check(data: Positional[str], split: Flat[Split] = Split(), seed: int = 0) ->
     if not findings:
         devices.say(f"{len(source.dataset):,} images of {data}: nothing found")
     if serious := sum(finding.serious for finding in findings):
-        raise ValueError(f"{serious} serious findings in {data}: mend them, or know why they do not matter")
+        what = "1 serious finding" if serious == 1 else f"{serious} serious findings"
+        raise ValueError(f"{what} in {data}: mend what is found, or know why it does not matter")
 
 
 def lr_find(

@@ -89,7 +89,7 @@ def test_a_name_with_a_question_mark(table):
         ("file,class\nimg/a.png,x\n", "has the columns file, class: expected a column file and one of label"),
         ("file,label,value\nimg/a.png,x,1\n", "one of label"),
         ("file,label\n", "has no rows below its header"),
-        ("", "has the columns of none"),
+        ("", "is empty: expected a column file"),
         ("file,label\nimg/x.png,a\nimg/a.png,b\n", r"names 1 of 2 files that are not there: img/x\.png; paths are"),
         ("file,label\nimg/a.png,a\nimg/a.png,b\n", r"names 'img/a\.png' 2 times"),
         ("file,label\n,a\n", "row 2: the file is not named"),

@@ -60,19 +60,19 @@ def images(path: pathlib.Path) -> list[str]:
         OSError: a folder cannot be read.
     """
     found: list[str] = []
-    waiting, seen = [""], set()
+    top = os.stat(path)
+    waiting = [("", {(top.st_dev, top.st_ino)})]  # folders, with all that lie above
     while waiting:
-        below = waiting.pop()
+        below, above = waiting.pop()
         with os.scandir(path / below) as entries:
             for entry in entries:
                 if is_system(entry.name):
                     continue
                 name = f"{below}{entry.name}"
                 if entry.is_dir():
-                    info = entry.stat()  # of the folder that a link names: a circle of links comes here again
-                    if not entry.is_symlink() or (info.st_dev, info.st_ino) not in seen:
-                        seen.add((info.st_dev, info.st_ino))
-                        waiting.append(f"{name}/")
+                    info = entry.stat()  # of the folder that a link names
+                    if (info.st_dev, info.st_ino) not in above:  # a link that leads up would never end
+                        waiting.append((f"{name}/", above | {(info.st_dev, info.st_ino)}))
                 elif is_image(entry.name) and entry.is_file():
                     found.append(name)
     return sorted(found)

@@ -43,7 +43,9 @@ def read(path: pathlib.Path, classes: Sequence[str] | None = None) -> Source:
     label = [name for name in columns if name in ("label", "labels", "value") or name.startswith("value_")]
     kinds = {name.partition("_")[0] for name in label}
     if "file" not in columns or len(kinds) != 1 or ("value" in label and len(label) > 1):
-        raise ValueError(f"{path} has the columns {', '.join(columns) or 'of none'}: {EXPECTED}")
+        raise ValueError(
+            f"{path} has the columns {', '.join(columns)}: {EXPECTED}" if columns else f"{path} is empty: {EXPECTED}"
+        )
     if not rows:
         raise ValueError(f"{path} has no rows below its header; add one for each image")
     names = tuple(columns["file"])
