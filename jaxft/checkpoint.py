@@ -1,9 +1,14 @@
 """Orbax checkpoints of a run: saved while training goes on, restored strictly."""
 
+import contextlib
 import dataclasses
+import hashlib
 import pathlib
 import shutil
+import threading
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -12,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from jaxft import files
+from jaxft import devices, files
 from jaxft.train_state import TrainState
 
 Arrays = dict[str, Any]
@@ -64,14 +69,20 @@ class Checkpoints:
     A checkpoint holds three or four items: `variables` (parameters and BatchNorm statistics), `average` of them if
     there is one, `optimizer` (all else of a state), and `run`, JSON values. A save copies the state to the host,
     returns, and goes on writing in the background; it becomes visible by a rename when it is whole, so that a killed
-    run leaves the checkpoints before it intact.
+    run leaves the checkpoints before it intact. Then `STEP.sha256` beside it gets the digest of each of its files, as
+    `sha256sum` writes and checks it; nothing is restored from a file that is no longer what was saved.
     """
 
     def __init__(self, folder: pathlib.Path, record: dict[str, Any] | None = None):
-        """Opens `folder`: to read alone without `record`, else to write for the run of that record (JSON values)."""
+        """Opens `folder`: to read alone without `record`, else to write for the run of that record (JSON values).
+
+        To write, every checkpoint is checked. One that is damaged is set aside, under another name, and said.
+        """
         self.folder = folder.absolute()
         self.record = record
         self._best: int | None = None
+        self._checked: set[int] = set()
+        self._sealing: threading.Thread | None = None
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_LastAndBest(self),
             cleanup_tmp_directories=record is not None,
@@ -79,16 +90,22 @@ class Checkpoints:
         )
         arrays = {name: ocp.StandardCheckpointHandler() for name in ("variables", "average", "optimizer")}
         handlers = {**arrays, "run": ocp.JsonCheckpointHandler()}
+        if record is not None:
+            self._set_damaged_aside()
         self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
         latest = self.latest()
         if latest is not None and (found := self._read_run(latest)).get("format") == FORMAT:
-            self._best = found["best"]
+            self._best = found["best"] if found["best"] in self.steps() else None
+
+    def steps(self) -> list[int]:
+        """The steps of the whole checkpoints, read off the folder: Orbax's own list counts saves under way."""
+        if not self.folder.exists():
+            return []
+        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit())
 
     def latest(self) -> int | None:
-        """The step of the last whole checkpoint, read off the folder: Orbax's own list counts saves under way."""
-        if not self.folder.exists():
-            return None
-        return max((int(path.name) for path in self.folder.iterdir() if path.name.isdigit()), default=None)
+        """The step of the last whole checkpoint; None if there is none."""
+        return max(self.steps(), default=None)
 
     def best(self) -> int | None:
         """The step of the last checkpoint that was saved as the best; None if none was."""
@@ -114,6 +131,8 @@ class Checkpoints:
         run = {"format": FORMAT, "record": self.record, "progress": progress, "best": self._best}
         items = {name: ocp.args.StandardSave(arrays) for name, arrays in _arrays(state).items()}
         self._write(step, items, run)
+        self._sealing = threading.Thread(target=self._seal_when_whole, daemon=True)
+        self._sealing.start()
 
     def save_variables(self, variables: Arrays, frozen: list[str]) -> None:
         """Writes the variables of a model alone, as step 0; `frozen` names its frozen layers."""
@@ -151,6 +170,101 @@ class Checkpoints:
             self._manager.wait_until_finished()
         except (OSError, ValueError) as error:
             raise CheckpointError(f"a checkpoint was not written ({error}); {self._remedy()}") from error
+        if self._sealing is not None:
+            self._sealing.join()
+        try:
+            self._seal()
+        except OSError as error:
+            raise CheckpointError(
+                f"the digests of a checkpoint were not written ({error}); {self._remedy()}"
+            ) from error
+
+    def check(self, step: int) -> None:
+        """Compares the files of the checkpoint of `step` with their digests from when it was whole.
+
+        One without digests passes: its writer was killed just before it wrote them, or was an earlier version.
+
+        Raises:
+            CheckpointError: a file is not what was saved, is gone, or cannot be read; the message names it.
+        """
+        if step in self._checked:
+            return
+        try:
+            wanted = self._sealed(step).read_bytes().splitlines()
+            found = self._digests(step)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise CheckpointError(f"the checkpoint of step {step} in {self.folder} cannot be read ({error})") from error
+        if bad := sorted(set(wanted) ^ set(found), key=lambda line: line.partition(b"  ")[2]):
+            file = bad[0].partition(b"  ")[2].decode(errors="replace") or self._sealed(step).name
+            raise CheckpointError(
+                f"the checkpoint of step {step} in {self.folder} is damaged: {file} is not what was saved"
+            )
+        self._checked.add(step)
+
+    def has_digests(self, step: int) -> bool:
+        """Whether `check` has something to compare with."""
+        return self._sealed(step).exists()
+
+    def _sealed(self, step: int) -> pathlib.Path:
+        return self.folder / f"{step}.sha256"
+
+    def _digests(self, step: int) -> list[bytes]:
+        """A line of each file, digest and path, as `sha256sum` writes them."""
+        paths = sorted(path for path in (self.folder / str(step)).rglob("*") if path.is_file())
+
+        def line(path: pathlib.Path) -> bytes:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return f"{digest}  {path.relative_to(self.folder).as_posix()}".encode()
+
+        with ThreadPoolExecutor() as threads:
+            return list(threads.map(line, paths))
+
+    def _seal(self) -> None:
+        """Writes the digests of what is whole and has none; deletes those of what is no longer kept."""
+        if self.record is None or not devices.is_writer():
+            return
+        steps = self.steps()
+        for path in self.folder.glob("*.sha256"):
+            if path.stem not in map(str, steps):
+                path.unlink(missing_ok=True)
+        for step in steps:
+            if not self._sealed(step).exists():
+                content = b"".join(line + b"\n" for line in self._digests(step))
+                files.write_whole(self._sealed(step), lambda path, content=content: path.write_bytes(content))
+
+    def _seal_when_whole(self) -> None:
+        """In a thread, so that a run that is killed in the next epoch leaves digests; `wait` reports what fails."""
+        while self._manager.is_saving_in_progress():
+            time.sleep(0.05)
+        with contextlib.suppress(OSError):
+            self._seal()
+
+    def _set_damaged_aside(self) -> None:
+        for step in reversed(self.steps()):
+            damage = ""
+            try:
+                self.check(step)
+            except CheckpointError as error:
+                damage = str(error)
+            if not devices.any_process(bool(damage)):
+                continue
+            aside = self.folder / f"{step}.damaged"
+            if devices.is_writer():
+                shutil.rmtree(aside, ignore_errors=True)
+                (self.folder / str(step)).rename(aside)
+                self._sealed(step).unlink(missing_ok=True)
+            devices.barrier("a damaged checkpoint is set aside")
+            latest = self.latest()
+            then = (
+                "no other is left: the run begins anew"
+                if latest is None
+                else f"the last one is now that of step {latest}"
+            )
+            damage = damage or "another process finds a checkpoint damaged"
+            devices.say(f"WARNING: {damage}. It is set aside as {aside.name}; {then}")
 
     def run(self, step: int | None = None) -> dict[str, Any]:
         """{"record", "progress"} of the checkpoint of `step`, by default the latest.
@@ -170,6 +284,7 @@ class Checkpoints:
         return found
 
     def _read_run(self, step: int) -> dict[str, Any]:
+        self.check(step)
         if not (self.folder / str(step) / "variables").exists():  # of an earlier version
             return {}
         return self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
@@ -178,11 +293,12 @@ class Checkpoints:
         """The state saved at `step` (the latest by default), laid out on devices as `template` is.
 
         Raises:
-            CheckpointError: there is none, or its tree, shapes or dtypes are not those of `template`.
+            CheckpointError: there is none, it is damaged, or its tree, shapes or dtypes are not those of `template`.
         """
         step = self.latest() if step is None else step
         if step is None:
             raise CheckpointError(f"{self.folder} holds no checkpoint")
+        self.check(step)
         arrays = _arrays(template)
         metadata = self._manager.item_metadata(step)
         found = {name: metadata[name].tree for name in arrays if (self.folder / str(step) / name).exists()}
@@ -202,10 +318,11 @@ class Checkpoints:
         """{"params", "batch_stats"} of the checkpoint of `step`, NumPy arrays; the average ones where there are any.
 
         Raises:
-            CheckpointError: there is no such checkpoint.
+            CheckpointError: there is no such checkpoint, or it is damaged.
         """
         if not (self.folder / str(step)).exists():
             raise CheckpointError(f"{self.folder} holds no checkpoint of step {step}")
+        self.check(step)
         has_average = average and (self.folder / str(step) / "average").exists()
         metadata = self._manager.item_metadata(step)
         # Whatever devices it was saved from; an untrusted file can name only shapes and dtypes here.

@@ -1,6 +1,7 @@
 """One fine-tuning run in a folder: phase after phase, to a model, its predictions, pictures and a summary."""
 
 import dataclasses
+import math
 import pathlib
 import statistics
 import time
@@ -20,7 +21,7 @@ from jaxft.phase import Phase
 from jaxft.predict import Predictions
 from jaxft.runs import Run
 from jaxft.task import Task
-from jaxft.train import Plan, Progress, fit
+from jaxft.train import Plan, Progress, fit, judged
 from jaxft.train_state import TrainState
 
 SHOWN = 320  # pixels of the longer side of the images in the pictures of a run
@@ -269,7 +270,10 @@ def _end(
     """The model that the run ends with, its predictions, the row of its epoch, and which state it is."""
     best = checkpoints.best() if run.keep == "best" else None
     if run.keep == "best" and best is None:
-        devices.say("WARNING: the monitored figure was never a number, so the last state is kept, not the best")
+        assert goal.task is not None
+        a_number = any(not math.isnan(judged(row, goal.task.monitor)) for row in progress.history)
+        why = "the checkpoint of the best state is lost" if a_number else "the monitored figure was never a number"
+        devices.say(f"WARNING: {why}, so the last state is kept, not the best")
     step = checkpoints.latest() if best is None else best
     assert step is not None
     row = next(row for row in progress.history if row["step"] == step)

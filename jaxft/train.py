@@ -109,9 +109,10 @@ class Plan:
         """The monitored value of each epoch of this phase, in order; NaN where it is undefined."""
         return [judged(row, self.monitor) for row in history if row["phase"] == self.number + 1]
 
-    def improved(self, history: Sequence[Mapping[str, Any]]) -> bool:
-        """Whether the last epoch is the best of the run so far; one that only equals the best is not."""
-        return best_place([judged(row, self.monitor) for row in history], self.best) == len(history) - 1
+    def improved(self, history: Sequence[Mapping[str, Any]], kept: int | None) -> bool:
+        """Whether the last epoch is better than the one of step `kept`, the best so far; None if none is kept."""
+        rows = [*(row for row in history[:-1] if row["step"] == kept), history[-1]]
+        return best_place([judged(row, self.monitor) for row in rows], self.best) == len(rows) - 1
 
     def first_step(self, history: Sequence[Mapping[str, Any]]) -> int:
         """The run's step at which the phase begins."""
@@ -284,6 +285,8 @@ def fit(
             if not (stops or ends_epoch or (plan.save_every and step % plan.save_every == 0)):
                 continue
             settle()
+            if not _all_finite(state.params):  # the loss was, before the last update
+                raise _diverged("the weights are not finite", step, checkpoints)
             meter.pause()
             is_best = False
             if ends_epoch:
@@ -291,7 +294,7 @@ def fit(
                 meter = Meter()
                 judge(state, row)
                 progress.history.append(row)
-                is_best, state = plan.improved(progress.history), _rescaled(state, plan, progress)
+                is_best, state = plan.improved(progress.history, checkpoints.best()), _rescaled(state, plan, progress)
             progress.sums = meter.sums
             checkpoints.save(state, dataclasses.asdict(progress), is_best)
             if stops:
@@ -332,11 +335,19 @@ def _compiled(train_step: TrainStep, state: TrainState, batch: Batch, batch_size
 def _require_finite(losses: np.ndarray, step: int, checkpoints: Checkpoints) -> None:
     losses = np.ravel(losses)
     if not np.isfinite(losses).all():
-        checkpoints.wait()
-        latest = checkpoints.latest()
-        kept = "no checkpoint was saved" if latest is None else f"the checkpoint of step {latest} is intact"
-        bad = losses[~np.isfinite(losses)][0]
-        raise Diverged(f"the loss became {bad} by step {step}; {kept}. Try a lower learning rate, in another folder")
+        raise _diverged(f"the loss became {losses[~np.isfinite(losses)][0]}", step, checkpoints)
+
+
+def _diverged(what: str, step: int, checkpoints: Checkpoints) -> Diverged:
+    checkpoints.wait()
+    latest = checkpoints.latest()
+    kept = "no checkpoint was saved" if latest is None else f"the checkpoint of step {latest} is intact"
+    return Diverged(f"{what} by step {step}; {kept}. Try a lower learning rate, in another folder")
+
+
+@jax.jit
+def _all_finite(params: Any) -> jax.Array:
+    return jnp.asarray([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]).all()
 
 
 def _note(plan: Plan, step: int, first: int, meter: Meter) -> str:

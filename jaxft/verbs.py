@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 from collections.abc import Mapping
+from contextlib import closing
 from typing import Any, Literal
 
 import numpy as np
@@ -196,12 +197,16 @@ def check(data: Positional[str], split: Flat[Split] = Split(), seed: int = 0) ->
 
     Example: jaxft check photos
 
-    Exit status 1 if something serious is found.
+    Exit status 1 if something serious is found. Of the folder of a run, every file of its checkpoints is compared with
+    its digest.
 
     Args:
-        data: the folder, the table, or tfds:NAME.
+        data: the folder, the table, or tfds:NAME; or the folder of a run.
         seed: of the split.
     """
+    if (pathlib.Path(data).expanduser() / "checkpoints").is_dir():
+        _check_run(pathlib.Path(data).expanduser())
+        return
     source = sources.read(data)
     division = recipe.divide(source, split, seed)
     findings = checking.examine(source, division.train, division.held_out)
@@ -279,6 +284,18 @@ def _tell(plan: Plan, run: Run) -> None:
 
         rows = [*recipe.told(plan), ("run", str(run.folder), "--folder --seed")]
         report.columns("what this run does", ("", "choice", "change it by"), rows)
+
+
+def _check_run(folder: pathlib.Path) -> None:
+    from jaxft.checkpoint import Checkpoints
+
+    with closing(Checkpoints(folder / "checkpoints")) as checkpoints:
+        if not (steps := checkpoints.steps()):
+            raise ValueError(f"{folder} holds no checkpoint")
+        for step in steps:
+            checkpoints.check(step)
+        words = ", ".join(f"{step}{'' if checkpoints.has_digests(step) else ' (without digests)'}" for step in steps)
+        devices.say(f"the checkpoints of {folder} are what was saved: step {words}")
 
 
 def _show_findings(findings: list[checking.Finding]) -> None:

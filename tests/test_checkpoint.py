@@ -1,9 +1,11 @@
+import hashlib
 import json
 import math
 import shutil
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import jax
@@ -108,6 +110,78 @@ def test_the_record_comes_back(checkpoints):
             json.loads(file.read_text(encoding="utf-8"), parse_constant=pytest.fail)
 
 
+def damages(file):
+    """Ways in which a file is not what was written: bytes, or None where it is gone."""
+    whole = file.read_bytes()
+    yield from (b"", whole[: len(whole) // 2], None)
+    for place in {0, len(whole) // 3, len(whole) // 2, len(whole) - 1}:
+        yield whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :]
+
+
+def test_damage_is_found(checkpoints, tmp_path, capsys):
+    """Bug: a flipped bit, a file that is cut off, or one that is gone, is restored as if it were what was saved."""
+    for step in (1, 2):
+        checkpoints.save(make_state(step=step, seed=step, average=0.9), {"step": step}, best=step == 1)
+    checkpoints.wait()
+    expected = arrays(make_state(step=1, seed=1, average=0.9))
+    held = [path.relative_to(checkpoints.folder) for path in checkpoints.folder.rglob("*") if path.is_file()]
+    ours = sorted(path for path in held if path.parts[0].startswith("2"))
+    assert Path("2.sha256") in ours and len(ours) > 8
+    for turn, file in enumerate(ours):
+        for number, content in enumerate(damages(checkpoints.folder / file)):
+            if number != turn % 7 and file.name != "2.sha256":  # each file in one way, and each way for some files
+                continue
+            folder = tmp_path / "copy"
+            shutil.copytree(checkpoints.folder, folder)
+            (folder / file).unlink() if content is None else (folder / file).write_bytes(content)
+            if content is not None or file.name != "2.sha256":
+                with pytest.raises(CheckpointError, match="step 2 in .* is damaged: .* is not what was saved"):
+                    Checkpoints(folder)
+                again = Checkpoints(folder, {"net": "tiny", "sizes": (1, 2)})
+                out = capsys.readouterr().out
+                assert "is damaged" in out and "aside as 2.damaged; the last one is now that of step 1" in out
+                tiny.assert_same(arrays(again.restore(make_state(average=0.9))), expected)
+                assert again.run()["progress"] == {"step": 1} and again.best() == 1
+                assert (folder / "2.damaged").exists()
+            else:  # killed before they were written
+                again = Checkpoints(folder, {})
+                assert again.latest() == 2
+            again.close()
+            assert (folder / f"{again.latest()}.sha256").exists()
+            shutil.rmtree(folder)
+
+
+def test_digests_are_those_of_sha256sum(checkpoints):
+    """Bug: no other tool can check a run, or the digests of what is no longer kept stay."""
+    for step in range(4):
+        checkpoints.save(make_state(step=step), {}, best=step == 1)
+    checkpoints.wait()
+    assert sorted(path.name for path in checkpoints.folder.glob("*.sha256")) == ["1.sha256", "3.sha256"]
+    checkpoints.save(make_state(step=4), {})
+    for _ in range(200):  # without `wait`: at once, and not with the next save, which may be an epoch later
+        time.sleep(0.05)
+        if (checkpoints.folder / "4.sha256").exists():
+            break
+    for line in (checkpoints.folder / "4.sha256").read_text(encoding="utf-8").splitlines():
+        digest, name = line.split("  ", 1)
+        assert hashlib.sha256((checkpoints.folder / name).read_bytes()).hexdigest() == digest
+
+
+def test_the_best_is_lost(checkpoints):
+    """Bug: a best checkpoint that was set aside is still called the best."""
+    for step in (1, 2):
+        checkpoints.save(make_state(step=step), {}, best=step == 1)
+    checkpoints.wait()
+    for file in (checkpoints.folder / "1" / "variables").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    again = Checkpoints(checkpoints.folder, {"net": "tiny", "sizes": (1, 2)})
+    assert (again.latest(), again.best(), again.steps()) == (2, None, [2])
+    again.save(make_state(step=3), {}, best=True)
+    again.close()
+    assert Checkpoints(checkpoints.folder).best() == 3
+
+
 def test_differences_name_the_place():
     """Bug: two records differ, and the message shows all of both; or lists of dicts are compared as a whole."""
     there = {"a": {"b": 1, "c": None}, "phases": [{"lr": 0.1}, {"lr": 0.2}]}
@@ -121,6 +195,7 @@ def test_a_checkpoint_of_an_earlier_version_is_named(checkpoints):
     """Bug: a KeyError of a field that earlier versions did not write."""
     checkpoints.save(make_state(step=3), {})
     checkpoints.wait()
+    (checkpoints.folder / "3.sha256").unlink()  # which they did not write either
     file = next((checkpoints.folder / "3" / "run").iterdir())
     file.write_text(json.dumps({"progress": {}}), encoding="utf-8")
     with pytest.raises(CheckpointError, match="step 3 .* was written by a version of jaxft without phases"):

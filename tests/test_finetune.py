@@ -13,6 +13,7 @@ import threading
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -712,3 +713,51 @@ def test_a_run_that_diverges_names_the_checkpoint_that_is_really_there(tmp_path)
     """Bug: a save that is under way is not counted, and the remedy is one that the folder refuses."""
     with pytest.raises(train.Diverged, match=r"the checkpoint of step [12] is intact.*in another folder"):
         tiny.run(tmp_path / "run", [Phase(2, optim.Constant(1e30))], save_every=1)
+
+
+def damage(folder, step):
+    """Flips one bit of the largest file of a checkpoint."""
+    file = max((folder / "checkpoints" / str(step)).rglob("*"), key=lambda path: path.is_file() and path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 8
+    file.write_bytes(content)
+
+
+@quick
+def test_a_damaged_checkpoint_changes_no_result(tmp_path, capsys):
+    """Bug: one flipped bit is restored, and the run ends differently and without a word."""
+    values = [1.0, 2.0, 3.0, 0.5]
+    whole, _ = tiny.run(tmp_path / "whole", [Phase(4, CONSTANT)], goal=tiny.scored([*values, 9.0]))
+    tiny.run(tmp_path / "run", [Phase(3, CONSTANT)], goal=tiny.scored([*values[:3], 9.0]))
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("*.sha256")) == ["2.sha256", "6.sha256"]
+    damage(tmp_path / "run", 6)
+    with pytest.raises(CheckpointError, match=r"step 6 .* is damaged: 6/\S+ is not what was saved"):
+        model.open(tmp_path / "run", net=tiny.Tiny(), which="last")
+    capsys.readouterr()
+    trained, _ = tiny.run(tmp_path / "run", [Phase(4, CONSTANT)], goal=tiny.scored([*values[1:], 9.0]))
+    out = capsys.readouterr().out
+    assert "It is set aside as 6.damaged; the last one is now that of step 2" in out and "up to step 2" in out
+    tiny.assert_same(tiny.leaves(dict(trained.variables)), tiny.leaves(dict(whole.variables)))
+    for name in ("predictions.csv", "history.jsonl"):
+        ours, theirs = ((tmp_path / each / name).read_text() for each in ("run", "whole"))
+        assert re.sub(r'"images_per_second": [^,}]*', "", ours) == re.sub(r'"images_per_second": [^,}]*', "", theirs)
+
+
+@quick
+def test_a_best_state_that_is_lost(tmp_path, capsys):
+    """Bug: the run fails for ever, or what comes later is never the best, as the lost one was better."""
+    phases = [Phase(3, CONSTANT)]
+    tiny.run(tmp_path / "run", phases, goal=tiny.scored([1.0, 3.0, 2.5, 9.0]))
+    damage(tmp_path / "run", 2)
+    tiny.run(tmp_path / "run", phases, goal=tiny.scored([9.0]))
+    out = capsys.readouterr().out
+    assert "set aside as 2.damaged" in out and "the checkpoint of the best state is lost, so the last" in out
+    tiny.run(tmp_path / "run", [Phase(5, CONSTANT)], goal=tiny.scored([2.0, 2.2, 9.0]))
+    assert read_json(tmp_path / "run" / "summary.json")["kept"] == {"which": "best", "epoch": 4, "step": 8}
+
+
+@quick
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    """Bug: NaN in the last update of an epoch, whose loss was still a number, ends in NaN predictions and status 0."""
+    with pytest.raises(train.Diverged, match="the weights are not finite by step 2; no checkpoint was saved"):
+        tiny.run(tmp_path / "run", [Phase(1, lambda count: jnp.where(count < 1, 0.01, jnp.inf))])

@@ -4,6 +4,8 @@ import csv
 import json
 import os
 import pathlib
+import re
+import shutil
 import subprocess
 import sys
 
@@ -126,6 +128,20 @@ def test_check(command, tmp_path):
     (tmp_path / "photos" / "red" / "broken.png").write_bytes(b"no image")
     status, out, err = command("check", "photos")
     assert status == 1 and "broken.png" in out and "1 serious finding" in err
+
+
+def test_check_of_a_run(ran, command, tmp_path):
+    """Bug: there is no way to know whether a run is still what was saved."""
+    folder = tmp_path / "run"
+    shutil.copytree(ran[0] / "run", folder)
+    status, out, err = command("check", str(folder))
+    assert status == 0 and "are what was saved: step" in out and "without" not in out, err
+    file = max(
+        (folder / "checkpoints").glob("*/variables/**/*"), key=lambda path: path.is_file() and path.stat().st_size
+    )
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    status, out, err = command("check", str(folder))
+    assert status == 1 and re.search(r"error: the checkpoint of step \d+ .* is damaged: \S+ is not what was saved", err)
 
 
 def test_lr_find(command, tmp_path, monkeypatch):
