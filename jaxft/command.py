@@ -5,7 +5,9 @@ import functools
 import inspect
 import os
 import pathlib
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +17,7 @@ import tyro
 import jaxft
 from jaxft import devices, fetch, settings
 from jaxft.checkpoint import CheckpointError
-from jaxft.train import Diverged, Stopped
+from jaxft.train import Diverged, Stopped, heeded
 
 ALIASES = {"--workdir": "--folder", "--run": "--folder", "--learning-rate": "--lr"}  # words that people try
 
@@ -125,6 +127,9 @@ def exits(debug: bool = False) -> Iterator[None]:
     Args:
         debug: let errors pass, so that Python shows where they come from.
     """
+    usual = {}
+    if threading.current_thread() is threading.main_thread():
+        usual = {number: signal.signal(number, _stop) for number in heeded() if number != signal.SIGINT}
     try:
         yield
     except Stopped as stopped:
@@ -140,3 +145,11 @@ def exits(debug: bool = False) -> Iterator[None]:
         if debug:
             raise
         sys.exit(f"error: {error}")
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+
+
+def _stop(number: int, _frame: Any) -> None:
+    """Outside of training, where there is nothing to save; `train.stop_signal` takes its place there."""
+    raise Stopped(f"stopped by {signal.Signals(number).name}", number)

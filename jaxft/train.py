@@ -39,11 +39,15 @@ class OutOfMemory(ValueError):
     """A train step needs more memory than the device has."""
 
 
+# From the keyboard, from a scheduler, and from a terminal that is closed, which Windows does not have.
+STOPS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+
 class Stopped(Exception):
     """A signal ended the run; its state is saved.
 
     Attributes:
-        signum: the signal, SIGINT or SIGTERM.
+        signum: the signal, one of `STOPS`.
     """
 
     def __init__(self, message: str, signum: int):
@@ -373,9 +377,14 @@ def _row(plan: Plan, step: int, update: int, state: TrainState, meter: Meter) ->
     }
 
 
+def heeded() -> list[int]:
+    """Those of `STOPS` that this process was not started to ignore, as `nohup` does with SIGHUP."""
+    return [number for number in STOPS if signal.getsignal(number) != signal.SIG_IGN]
+
+
 @contextmanager
 def stop_signal() -> Iterator[list[int]]:
-    """Collects the first SIGINT or SIGTERM in the list it yields; a second one acts as usual.
+    """Collects the first of `STOPS` in the list it yields; a second one acts as usual.
 
     Outside the main thread, where Python lets nobody handle signals, the list stays empty.
     """
@@ -383,7 +392,7 @@ def stop_signal() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
-    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    usual = {number: signal.getsignal(number) for number in heeded()}
 
     def restore() -> None:
         for number, handler in usual.items():

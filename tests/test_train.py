@@ -279,7 +279,7 @@ def everything(state):
     return leaves((state.params, state.opt_state, state.batch_stats, state.step, state.lr_scale))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_stopped_run_resumes_bit_for_bit(tmp_path, number):
     """Bug: resuming repeats or skips a batch, loses momentum, or starts the epoch's means anew."""
     state, history = run(tmp_path / "whole")

@@ -6,6 +6,7 @@ import os
 import pathlib
 import re
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -217,6 +218,26 @@ def test_a_reader_that_has_enough():
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, encoding="utf-8", cwd=ROOT)
     os.close(write)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_where_nothing_is_trained(number):
+    """Bug: a run that is stopped while it reads weights, or writes its report, dies in silence or in a traceback."""
+    code = "import time; from jaxft import command; command.run(lambda: print('go', flush=True) or time.sleep(60))"
+    command = [sys.executable, "-c", code]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", cwd=ROOT)
+    assert process.stdout is not None and process.stdout.readline() == "go\n"
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 128 + number and err.count("\n") == 1 and "run the same command again" in err
+
+
+def test_nohup():
+    """Bug: a run that `nohup` shields from the end of a terminal ends with it."""
+    code = "import os, signal; from jaxft import command; command.run(lambda: os.kill(os.getpid(), signal.SIGHUP))"
+    command = ["nohup", sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", cwd=ROOT, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr
 
 
 def test_completion():
