@@ -69,7 +69,7 @@ def finetune(
         (the trained model: the best or the last state, by `run.keep`; its predictions on the held-out images).
 
     Raises:
-        ValueError: what was given does not fit together, or the folder belongs to a run of other settings.
+        ValueError: what was given does not fit together; the folder belongs to a run of other settings, or is in use.
         OSError, CheckpointError: the folder cannot be written to, or has no room.
         train.Diverged, train.Stopped, train.OutOfMemory: as `train.fit`.
     """
@@ -88,19 +88,20 @@ def finetune(
         batch_size=held_out.batch_size,
         decode=held_out.decode,
     )
-    with closing(Checkpoints(run.folder / "checkpoints", record)) as checkpoints:
-        progress = _resume(run, record, checkpoints, phases)
-        with watch.watching(run.watch, run.folder, record, progress.history) as tell:
-            kept = _train(goal, nets, (train, held_out), phases, run, checkpoints, progress, tell)
-        ended, predictions, row, which = _end(goal, nets, held_out, run, checkpoints, progress, kept)
-    if devices.is_writer():
-        report.write_predictions(run.folder / "predictions.csv", predictions, held_out.dataset)
-        _pictures(run, task, train, held_out, predictions, progress.history)
-        summary = _summary(task, predictions, progress, row, (train, held_out), record)
-        summary["kept"] = {"which": which, "epoch": row["epoch"], "step": row["step"]}
-        summary["seconds_in_this_process"] = round(time.perf_counter() - began, 1)
-        files.write_json(run.folder / "summary.json", summary)
-        files.write_json(run.folder / "model.json", goal.trained(run.keep))  # which may be another now
+    with runs.only_writer(run.folder):
+        with closing(Checkpoints(run.folder / "checkpoints", record)) as checkpoints:
+            progress = _resume(run, record, checkpoints, phases)
+            with watch.watching(run.watch, run.folder, record, progress.history) as tell:
+                kept = _train(goal, nets, (train, held_out), phases, run, checkpoints, progress, tell)
+            ended, predictions, row, which = _end(goal, nets, held_out, run, checkpoints, progress, kept)
+        if devices.is_writer():
+            report.write_predictions(run.folder / "predictions.csv", predictions, held_out.dataset)
+            _pictures(run, task, train, held_out, predictions, progress.history)
+            summary = _summary(task, predictions, progress, row, (train, held_out), record)
+            summary["kept"] = {"which": which, "epoch": row["epoch"], "step": row["step"]}
+            summary["seconds_in_this_process"] = round(time.perf_counter() - began, 1)
+            files.write_json(run.folder / "summary.json", summary)
+            files.write_json(run.folder / "model.json", goal.trained(run.keep))  # which may be another now
     devices.barrier("the run is written")
     return ended, predictions
 

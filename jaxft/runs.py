@@ -3,8 +3,11 @@
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
-from collections.abc import Mapping, Sequence
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from jaxft import devices, files
@@ -15,6 +18,11 @@ from jaxft.model import FUNCTIONS, Model
 from jaxft.phase import Phase
 from jaxft.provenance import describe, digest
 from jaxft.task import Task
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock; there nothing keeps a second run out of a folder
+    fcntl = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +149,52 @@ def require_writable(folder: pathlib.Path) -> None:
         raise OSError(
             f"the folder {folder} cannot be written to ({failure or 'says the first process'}); choose another"
         ) from failure
+
+
+@contextmanager
+def only_writer(folder: pathlib.Path) -> Iterator[None]:
+    """Keeps every other run out of a folder as long as the body runs; the system lets go of it for a dead process.
+
+    Raises:
+        ValueError: another process has it; the message says which.
+    """
+    lock = _lock(folder / "lock") if devices.is_writer() else None
+    try:
+        if devices.any_process(isinstance(lock, str)):
+            who = lock or "another process"
+            raise ValueError(f"{folder} is in use by {who}: wait until it ends, stop it, or give another folder")
+        yield
+    finally:
+        if lock is not None and not isinstance(lock, str):
+            (folder / "lock").unlink(missing_ok=True)
+            lock.close()
+
+
+def _lock(path: pathlib.Path) -> Any:
+    """The file, open and locked; or, in words, who holds it; or None where files cannot be locked."""
+    if fcntl is None:
+        return None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        file = path.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip()
+            file.close()
+            return holder or "another process"
+        except OSError:  # a file system without locks
+            file.close()
+            path.unlink(missing_ok=True)
+            return None
+        if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+            break
+        file.close()  # the one that held it has just taken it away
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file
 
 
 def write_record(folder: pathlib.Path, record: Mapping[str, Any], model: Mapping[str, Any]) -> None:

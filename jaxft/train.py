@@ -284,15 +284,13 @@ def fit(
                 seen.add(dispatch.steps)
             pending, step = figures, step + dispatch.steps
             advance(dispatch.steps, _note(plan, step, first, meter), timed=timed)
-            ends_epoch = step % plan.steps_per_epoch == 0
+            ends_epoch, is_best = step % plan.steps_per_epoch == 0, False
             stops = devices.any_process(bool(stop))
             if not (stops or ends_epoch or (plan.save_every and step % plan.save_every == 0)):
                 continue
             settle()
-            if not _all_finite(state.params):  # the loss was, before the last update
-                raise _diverged("the weights are not finite", step, checkpoints)
+            _require_finite_weights(state, step, checkpoints)
             meter.pause()
-            is_best = False
             if ends_epoch:
                 row = _row(plan, step, step - 1 - first, state, meter)
                 meter = Meter()
@@ -340,6 +338,11 @@ def _require_finite(losses: np.ndarray, step: int, checkpoints: Checkpoints) -> 
     losses = np.ravel(losses)
     if not np.isfinite(losses).all():
         raise _diverged(f"the loss became {losses[~np.isfinite(losses)][0]}", step, checkpoints)
+
+
+def _require_finite_weights(state: TrainState, step: int, checkpoints: Checkpoints) -> None:
+    if not _all_finite(state.params):  # though the loss was, before the last update
+        raise _diverged("the weights are not finite", step, checkpoints)
 
 
 def _diverged(what: str, step: int, checkpoints: Checkpoints) -> Diverged:

@@ -290,3 +290,27 @@ def test_a_description_of_an_own_net_has_its_settings():
     assert wide.description() != thin.description()
     assert tiny.model(tiny.Tiny(frozen=frozenset({"conv1"}))).description() == tiny.model().description()
     assert wide.description()["net"] == "Tiny"
+
+
+def test_a_folder_has_one_writer(tmp_path):
+    """Bug: two processes that are started on one folder write into each other's files."""
+    code = (
+        "import pathlib, sys\nfrom jaxft import runs\n"
+        "with runs.only_writer(pathlib.Path(sys.argv[1])):\n    print('in', flush=True)\n    sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "run")]
+    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "encoding": "utf-8"}
+    first = subprocess.Popen(command, **options)
+    assert first.stdout is not None and first.stdout.readline() == "in\n"
+    with pytest.raises(ValueError, match=f"is in use by process {first.pid} on .*: wait until it ends"):
+        with runs.only_writer(tmp_path / "run"):
+            pytest.fail("two are in")
+    first.kill()
+    first.communicate()
+    assert (tmp_path / "run" / "lock").exists()  # of a dead process
+    with runs.only_writer(tmp_path / "run"):
+        with pytest.raises(ValueError, match=f"in use by process {os.getpid()}"), runs.only_writer(tmp_path / "run"):
+            pytest.fail("two are in")
+    assert not (tmp_path / "run" / "lock").exists()
+    with runs.only_writer(tmp_path / "run"):
+        pass
