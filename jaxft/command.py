@@ -1,6 +1,7 @@
 """A command around functions: arguments come from the command line, and what a user can cause ends in one line."""
 
 import argparse
+import errno
 import functools
 import inspect
 import os
@@ -21,6 +22,11 @@ from jaxft.train import Diverged, Stopped, heeded
 
 ALIASES = {"--workdir": "--folder", "--run": "--folder", "--learning-rate": "--lr"}  # words that people try
 
+REMEDIES = {
+    errno.ENOSPC: "; make room (bytes and, by `df -i`, inodes), and run the same command again to go on",
+    errno.EDQUOT: "; your quota is used up: make room, and run the same command again to go on",
+    errno.EROFS: "; the disk takes no writes: mend that, and run the same command again to go on",
+}
 PROCESSES = """\
 One run over several processes: start each with --coordinator HOST:PORT --processes N --process INDEX; under Slurm, Open
 MPI or Kubernetes they find each other."""
@@ -144,7 +150,8 @@ def exits(debug: bool = False) -> Iterator[None]:
     except (ValueError, OSError, CheckpointError, fetch.Unavailable, Diverged) as error:
         if debug:
             raise
-        sys.exit(f"error: {error}")
+        remedy = REMEDIES.get(getattr(error, "errno", None) or 0, "")
+        sys.exit(f"error: {error}{remedy}")
     finally:
         for number, handler in usual.items():
             signal.signal(number, handler)

@@ -14,7 +14,7 @@ def write_whole(path: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> Non
     """Has `write` make a file beside `path`, and renames it to `path` once it is on the disk.
 
     Raises:
-        OSError: the folder cannot be written to, or the disk is full.
+        OSError: the folder cannot be written to, or the disk is full; it names `path`, which is as it was.
     """
     # Random, because processes on two machines may share a folder and a process number.
     partial = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
@@ -23,6 +23,10 @@ def write_whole(path: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> Non
         with partial.open("rb+") as file:
             os.fsync(file.fileno())  # or a power cut could leave the new name on an empty file
         os.replace(partial, path)
+    except OSError as error:  # which names no file where a write fails, and else the partial one
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
 

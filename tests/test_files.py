@@ -1,11 +1,12 @@
 import csv
 import json
 import math
+import pathlib
 import threading
 
 import pytest
 
-from jaxft import files
+from jaxft import command, files
 
 
 def test_a_failure_leaves_what_was_there(tmp_path):
@@ -21,6 +22,22 @@ def test_a_failure_leaves_what_was_there(tmp_path):
         files.write_whole(path, fail)
     assert [found.name for found in tmp_path.iterdir()] == ["history.csv"]
     assert path.read_bytes() == b"before"
+
+
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="a device of Linux")
+def test_a_full_disk_is_named_with_the_file(tmp_path, capsys):
+    """Bug: "No space left on device" without a path, or without what to do."""
+
+    def write(partial):
+        partial.symlink_to("/dev/full")
+        partial.write_bytes(b"x" * 100_000)
+
+    with pytest.raises(OSError, match="No space left on device: '.*history.csv'"):
+        files.write_whole(tmp_path / "history.csv", write)
+    with pytest.raises(SystemExit) as ended, command.exits():
+        files.write_whole(tmp_path / "history.csv", write)
+    assert "history.csv'; make room" in str(ended.value.code) and "run the same command again" in str(ended.value.code)
+    assert not list(tmp_path.iterdir())
 
 
 def test_two_writers_of_one_name(tmp_path):
