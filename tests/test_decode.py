@@ -228,3 +228,38 @@ def test_a_setting_that_cannot_be(settings):
     """Bug: a word nobody knows squashes silently."""
     with pytest.raises(ValueError, match=next(iter(settings))):
         Decode(**settings)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of Pillow, about tags of TIFF
+@pytest.mark.parametrize("kind", EVERY_FORMAT)
+def test_every_damage_is_a_value_error_with_the_name(kind):
+    """Bug: a decoder's own exception (AVIF: RuntimeError) ends a run without the name of the image."""
+    whole, rng, failed = written(drawn(), kind), np.random.default_rng(0), 0
+    for turn in range(150):
+        damaged = bytearray(whole)
+        for place in rng.integers(0, len(whole), 1 + turn % 8):
+            damaged[place] = rng.integers(256)
+        data = bytes(damaged[: rng.integers(1, len(whole))] if turn % 3 == 0 else damaged)
+        try:
+            assert pixels(data, SIZE, "odd name").shape == (*SIZE, 3)
+        except ValueError as error:
+            assert "odd name" in str(error), (turn, error)
+            failed += 1
+    assert failed > 15
+
+
+def test_a_jpeg_of_a_thousand_scans():
+    """Bug: a legal file of some kilobytes keeps a core busy for minutes."""
+    held = io.BytesIO()
+    drawn().save(held, "JPEG", progressive=True)
+    whole = held.getvalue()
+    assert pixels(whole, SIZE, "a").shape == (*SIZE, 3)
+    last = whole.rindex(b"\xff\xda")
+    with pytest.raises(ValueError, match=r"image a is a JPEG of 10\d\d scans; at most 100 are decoded"):
+        pixels(whole[:-2] + whole[last:-2] * 1000 + whole[-2:], SIZE, "a")
+
+
+def test_a_side_that_is_too_long():
+    """Bug: a PNG of a few kilobytes takes gigabytes when it is resized."""
+    with pytest.raises(ValueError, match="image a claims 1×70000 pixels; a side may have 65,535 at most"):
+        pixels(written(Image.new("L", (70_000, 1)), "PNG"), SIZE, "a")

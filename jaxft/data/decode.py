@@ -2,6 +2,7 @@
 
 import io
 import struct
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,10 +17,21 @@ from jaxft.checks import is_int
 MAX_PIXELS = 64 * 2**20
 """Larger images are refused before they are decoded: a few kilobytes can claim gigabytes."""
 
+MAX_SIDE = 2**16 - 1
+"""Of a side, as of a JPEG's: a line of 67 million pixels makes tables of gigabytes when it is resized."""
+
+MAX_SCANS = 100
+"""Of a progressive JPEG: each goes through all pixels. Encoders make about ten; 250 kB can hold a thousand."""
+
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF")
 """Pillow's readers that are tried; others (EPS, which starts Ghostscript) are never reached."""
 
-_JPEG_MAGIC = b"\xff\xd8\xff"
+_JPEG_MAGIC, _JPEG_SCAN = b"\xff\xd8\xff", b"\xff\xda"
+# What Pillow and its decoders raise for broken files, beside ValueError.
+_BROKEN = (
+    *(OSError, SyntaxError, EOFError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError),
+    *(MemoryError, struct.error, zlib.error),
+)
 _TURBO_SPACES = ("YCbCr", "RGB", "Gray")  # what libjpeg-turbo turns into RGB
 _HARMLESS = "extraneous bytes before marker 0xd9"  # libjpeg's words for bytes between the last pixel and the end
 _ORIENTATION = 0x0112
@@ -99,8 +111,8 @@ def pixels(image: bytes | np.ndarray, size: tuple[int, int], name: str, decode: 
         uint8 [height, width, channels].
 
     Raises:
-        ValueError: corrupt, truncated, of an unknown format, of 32 bits a channel, of more than `MAX_PIXELS`, or
-            without as many channels; the message names `name`.
+        ValueError: corrupt, truncated, of an unknown format, of 32 bits a channel, of more than `MAX_PIXELS`,
+            `MAX_SIDE` or `MAX_SCANS`, or without as many channels; the message names `name`.
     """
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != decode.channels:
@@ -209,6 +221,8 @@ def _jpeg_header(data: bytes, name: str) -> tuple[int, int, str]:
         with _open(data, name) as opened:
             height, width, space = opened.height, opened.width, "for Pillow"
     _check_pixels(height, width, name)
+    if (scans := data.count(_JPEG_SCAN)) > MAX_SCANS:
+        raise ValueError(f"image {name} is a JPEG of {scans} scans; at most {MAX_SCANS} are decoded: save it anew")
     return height, width, space
 
 
@@ -246,11 +260,17 @@ def _open(data: bytes, name: str) -> Iterator[Image.Image]:
             yield opened
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as err:
         raise ValueError(f"image {name} claims too many pixels ({err})") from err
-    except (OSError, SyntaxError, EOFError) as err:  # what Pillow raises for a broken file
+    except ValueError as err:
+        if name in str(err):
+            raise
+        raise ValueError(f"image {name} cannot be decoded ({err}); replace or remove it") from err
+    except _BROKEN as err:
         raise ValueError(f"image {name} cannot be decoded ({err}); replace or remove it") from err
 
 
 def _check_pixels(height: int, width: int, name: str) -> None:
+    if max(height, width) > MAX_SIDE:
+        raise ValueError(f"image {name} claims {height}×{width} pixels; a side may have {MAX_SIDE:,} at most")
     if height * width > MAX_PIXELS:
         raise ValueError(f"image {name} claims {height}×{width} pixels; at most {MAX_PIXELS:,} are decoded")
 
