@@ -91,6 +91,7 @@ def finetune(
     with runs.only_writer(run.folder):
         with closing(Checkpoints(run.folder / "checkpoints", record)) as checkpoints:
             progress = _resume(run, record, checkpoints, phases)
+            runs.write_history(run.folder, progress.history)  # which may have been lost, or hold more than was saved
             with watch.watching(run.watch, run.folder, record, progress.history) as tell:
                 kept = _train(goal, nets, (train, held_out), phases, run, checkpoints, progress, tell)
             ended, predictions, row, which = _end(goal, nets, held_out, run, checkpoints, progress, kept)

@@ -80,12 +80,16 @@ def test_a_run_leaves_everything_in_its_folder(tmp_path):
 
 @quick
 def test_running_again_gives_the_same_result_and_trains_no_more(tmp_path, capsys):
-    """Bug: a finished run is trained on, its summary is lost, or nothing says that nothing is left to do."""
+    """Bug: a finished run is trained on, its history or summary is lost, or nothing says that nothing is left to do."""
     _, predictions = tiny.run(tmp_path / "run")
     summary, arrays = read_json(tmp_path / "run" / "summary.json"), tiny.saved(tmp_path / "run")
+    lost = {name: (tmp_path / "run" / name).read_bytes() for name in ("history.csv", "history.jsonl")}
+    (tmp_path / "run" / "history.csv").unlink()
+    (tmp_path / "run" / "history.jsonl").write_text("damaged")
     capsys.readouterr()
     _, again = tiny.run(tmp_path / "run")
     said = capsys.readouterr().out
+    assert {name: (tmp_path / "run" / name).read_bytes() for name in lost} == lost
     assert "nothing is left to train: all 2 epochs are done" in said and "epoch   1" not in said
     np.testing.assert_array_equal(again.outputs, predictions.outputs)
     assert read_json(tmp_path / "run" / "summary.json")["metrics"] == summary["metrics"]
