@@ -5,9 +5,13 @@ Source: the `save_weights` of Keras 0.3, 1.2, 2.x and 3.x.
 
 import contextlib
 import dataclasses
+import lzma
+import math
 import os
 import re
+import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -26,6 +30,17 @@ _KERAS1_FIELD = re.compile(r"(.+)_(W|b|gamma|beta|running_mean|running_std)(?:_\
 NESTED = "backbone"  # the name of a nested model in a file of Keras 2; Keras goes by the order
 _MEMBER = "model.weights.h5"  # of a .keras zip
 _BFLOAT16 = np.dtype("V2")  # what h5py makes of it; no other two bytes are in a weight file
+
+# Limits, looked at before anything is read. The largest file of the zoo has 700 layers in groups four deep.
+_MAX_GROUPS = 20_000  # visited: hard links can make 2**40 paths of a few groups
+_MAX_NAMES = 1_000  # attributes of names: Keras 2 splits at 64 kB, and each is looked up among all the others
+_RATIO, _FREE_BYTES = 100, 64 * 2**20  # read for each byte stored, beyond a size that harms nobody
+# What h5py, zipfile and the decompressors raise on bad files, beside ValueError.
+_BROKEN = (
+    *(OSError, LookupError, RuntimeError, TypeError, AttributeError, ArithmeticError, MemoryError, EOFError),
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error),
+)
+
 _RANDOM_STATE = ("seed_generator", "seed_generator_state", "StateVar")  # of dropout and augmentation: no weights
 
 _KERAS_ONLY = "expected the weights of Keras: HDF5 (.h5) or a .keras zip"
@@ -143,10 +158,11 @@ def read(path: str | os.PathLike[str]) -> KerasFile:
         zipped = zipfile.is_zipfile(path)
         if zipped:
             opened.append(zipfile.ZipFile(path))
+            _require_stored(opened[-1].getinfo(_MEMBER).file_size, opened[-1].getinfo(_MEMBER).compress_size, _MEMBER)
             opened.append(opened[-1].open(_MEMBER))
         opened.append(h5py.File(opened[-1] if zipped else path, "r"))
         found = _layout(opened[-1])
-    except (OSError, KeyError, RuntimeError, zipfile.BadZipFile) as error:  # what h5py and zipfile raise on bad files
+    except _BROKEN as error:
         close()
         raise ValueError(
             f"{path} is not a whole Keras weight file ({error}); {_KERAS_ONLY}. "
@@ -204,11 +220,11 @@ def _layout(file: h5py.File) -> dict[str, Any]:
     stated["container"] = "weights" if root is file else "model"
     if "nb_layers" in root.attrs:
         groups = [_child(root, f"layer_{k}") for k in range(int(root.attrs["nb_layers"]))]
-        tensors = (_numbered(group, int(group.attrs.get("nb_params", len(group)))) for group in groups)
+        tensors = (_numbered(group) for group in groups)
         return stated | {"layout": "keras0.3-sequential", "layers": _counted(found for found in tensors if found)}
     if "graph" in root:
         group = _child(root, "graph")
-        pairs = _pairs(_numbered(group, int(group.attrs.get("nb_params", len(group)))))
+        pairs = _pairs(_numbered(group))
         return stated | {"layout": "keras0.3-graph", "layers": _counted(pairs)}
     if names := _names(root, "layer_names"):
         version = stated["keras_version"]
@@ -237,7 +253,13 @@ def _child(group: Any, path: str) -> Any:
             raise ValueError(f"{group.name} keeps its data in another file; weight files keep their own")
         if group.dtype.kind not in "fiu" and group.dtype != _BFLOAT16:
             raise ValueError(f"{group.name} holds {group.dtype}, not numbers")
+        _require_stored(math.prod(group.shape or (0,)) * group.dtype.itemsize, group.id.get_storage_size(), group.name)
     return group
+
+
+def _require_stored(size: int, stored: int, name: Any) -> None:
+    if size > _FREE_BYTES and size > _RATIO * stored:
+        raise ValueError(f"{name} would be {size:,} bytes when read, of {stored:,} that are stored; weights are not so")
 
 
 def _text(value: Any) -> str | None:
@@ -247,12 +269,15 @@ def _text(value: Any) -> str | None:
 def _names(group: h5py.Group, key: str) -> list[str]:
     """An attribute of names, in chunks `key0`, `key1`, … where it is long; an empty one may be of any dtype."""
     chunks = [key] if key in group.attrs else []
-    while f"{key}{len(chunks)}" in group.attrs and chunks != [key]:
+    while f"{key}{len(chunks)}" in group.attrs and chunks != [key] and len(chunks) < _MAX_NAMES:
         chunks.append(f"{key}{len(chunks)}")
     return [_text(name) or "" for chunk in chunks for name in np.asarray(group.attrs[chunk]).ravel().tolist()]
 
 
-def _numbered(group: h5py.Group, count: int) -> tuple[Tensor, ...]:
+def _numbered(group: h5py.Group) -> tuple[Tensor, ...]:
+    count = int(group.attrs.get("nb_params", len(group)))
+    if not 0 <= count <= len(group):
+        raise ValueError(f"{group.name} promises {count:,} arrays in nb_params, and holds {len(group)}")
     paths = [f"param_{n}" for n in range(count)]
     return tuple(Tensor(f"{group.name}/{path}".lstrip("/"), _child(group, path)) for path in paths)
 
@@ -296,11 +321,18 @@ def _named(name: str, group: h5py.Group) -> Iterator[Layer]:
         yield from (Layer(owner, tuple(tensors)) for owner, tensors in owners.items())
 
 
-def _keras3(group: h5py.Group, prefix: str = "") -> Iterator[Layer]:
+def _keras3(group: h5py.Group, prefix: str = "", visited: list[str] | None = None) -> Iterator[Layer]:
     """Depth first; siblings of one class in the order of their numbers, which is the order of the model's layers.
 
     Nested models come before the layers beside them: a backbone comes before its head.
     """
+
+    visited = [] if visited is None else visited
+    visited.append(prefix)
+    if len(visited) > _MAX_GROUPS or prefix.count("/") > 50:
+        raise ValueError(
+            f"it has more than {_MAX_GROUPS:,} groups, or more than 50 in one another; weight files do not"
+        )
 
     def is_group(parent: h5py.Group, key: str) -> bool:
         own = isinstance(parent.get(key, getlink=True), h5py.HardLink)  # following a link could open another file
@@ -320,7 +352,7 @@ def _keras3(group: h5py.Group, prefix: str = "") -> Iterator[Layer]:
         if not isinstance(child, h5py.Group):
             continue
         if key != "vars":
-            yield from _keras3(child, path)
+            yield from _keras3(child, path, visited)
         elif len(child):
             tensors = [Tensor(f"{path}/{n}", _child(child, n)) for n in sorted(child, key=lambda n: (len(n), n))]
             name, attribute = _text(child.attrs.get("name")), prefix.rpartition("/")[2]

@@ -475,8 +475,81 @@ def test_a_claimed_size_is_not_allocated(tmp_path, layers):
     with h5py.File(path, "r+") as file:
         del file["layers/conv2d/vars/0"]
         file["layers/conv2d/vars"].create_dataset("0", (3, 3, 2**20, 2**20), "f4", chunks=(1, 1, 64, 64))
-    with pytest.raises(ValueError, match="block1_conv1: the net wants kernel 3×3×3×2"):
+    with pytest.raises(ValueError, match="vars/0 would be 39,582,418,599,936 bytes when read, of 0 that are stored"):
         port_weights.load("vgg16", path, num_classes=CLASSES)
+
+
+def many_parameters(path):
+    with h5py.File(path, "w") as file:
+        file.attrs["nb_layers"] = 1
+        file.create_group("layer_0").attrs["nb_params"] = 10**9
+
+
+def many_paths(path):
+    with h5py.File(path, "w") as file:
+        group = file.create_group("layers")
+        for _ in range(40):
+            inner = group.create_group("a")
+            group["b"] = inner  # a hard link: twice as many paths with each
+            group = inner
+
+
+def deep(path):
+    with h5py.File(path, "w") as file:
+        file.create_group("/".join("a" * 200))
+
+
+def circle(path):
+    with h5py.File(path, "w") as file:
+        file.create_group("a")["b"] = file["/"]
+
+
+def compressed(path):
+    with h5py.File(path, "w") as file:
+        file.create_dataset(
+            "a/vars/0",
+            (2**13, 2**13),
+            "f4",
+            compression="gzip",
+            chunks=(2**13, 2**6),
+            data=np.zeros((2**13, 2**13), "f4"),
+        )
+
+
+def inflated(path):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("model.weights.h5", bytes(2**27))
+
+
+def odd_attribute(path):
+    with h5py.File(path, "w") as file:
+        file.attrs["nb_layers"] = [[1, 2], [3, 4]]
+
+
+def not_text(path):
+    with h5py.File(path, "w") as file:
+        file.attrs["layer_names"] = b"\xff\xfe"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (many_parameters, "layer_0 promises 1,000,000,000 arrays in nb_params, and holds 0"),
+        (many_paths, "more than 20,000 groups"),
+        (deep, "more than 50 in one another"),
+        (circle, "more than 50 in one another"),
+        (compressed, "would be 268,435,456 bytes when read"),
+        (inflated, "model.weights.h5 would be 134,217,728 bytes when read"),
+        (odd_attribute, "not a whole Keras weight file"),
+        (not_text, "utf-8"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_file_that_means_harm(tmp_path, make, message):
+    """Bug: a small file hangs the reader, takes gigabytes, or ends in an exception that does not name it."""
+    make(tmp_path / "w.h5")
+    with pytest.raises(ValueError, match=f"w.h5.*{message}"):
+        port_weights.load("vgg16", tmp_path / "w.h5", num_classes=CLASSES)
 
 
 @pytest.mark.parametrize("name", ["back.h5", "back.weights.h5"])
@@ -572,7 +645,6 @@ def test_memory_of_porting_the_whole_vgg16(tmp_path, monkeypatch, order):
         import h5py
         from jaxft import port_weights
         path = Path({str(path)!r})
-        began = time.perf_counter()
         with path.open("rb") as file:
             hashlib.file_digest(file, "sha256")
         with h5py.File(path) as file:
@@ -584,7 +656,6 @@ def test_memory_of_porting_the_whole_vgg16(tmp_path, monkeypatch, order):
     port = f"""
         import re, time
         from jaxft import port_weights
-        began = time.perf_counter()
         port_weights.load("vgg16", {str(path)!r}, order={order!r})
         seconds = time.perf_counter() - began
         # Not ru_maxrss, which a child inherits from the process that started it.
