@@ -381,8 +381,9 @@ def _row(plan: Plan, step: int, update: int, state: TrainState, meter: Meter) ->
 
 
 def heeded() -> list[int]:
-    """Those of `STOPS` that this process was not started to ignore, as `nohup` does with SIGHUP."""
-    return [number for number in STOPS if signal.getsignal(number) != signal.SIG_IGN]
+    """`STOPS`, without SIGHUP where this process was started to ignore it, as by `nohup`."""
+    always = (signal.SIGINT, signal.SIGTERM)  # a shell's background processes ignore the first, and can be sent it
+    return [number for number in STOPS if number in always or signal.getsignal(number) != signal.SIG_IGN]
 
 
 @contextmanager

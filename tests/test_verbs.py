@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 
 import numpy as np
 import pytest
@@ -223,7 +224,15 @@ def test_a_reader_that_has_enough():
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_where_nothing_is_trained(number):
     """Bug: a run that is stopped while it reads weights, or writes its report, dies in silence or in a traceback."""
-    code = "import time; from jaxft import command; command.run(lambda: print('go', flush=True) or time.sleep(60))"
+    code = textwrap.dedent(
+        """
+        import signal, time
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the tests were started to ignore
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        from jaxft import command
+        command.run(lambda: print("go", flush=True) or time.sleep(60))
+        """
+    )
     command = [sys.executable, "-c", code]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", cwd=ROOT)
     assert process.stdout is not None and process.stdout.readline() == "go\n"
