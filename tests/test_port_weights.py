@@ -645,6 +645,7 @@ def test_memory_of_porting_the_whole_vgg16(tmp_path, monkeypatch, order):
         import h5py
         from jaxft import port_weights
         path = Path({str(path)!r})
+        began = time.perf_counter()
         with path.open("rb") as file:
             hashlib.file_digest(file, "sha256")
         with h5py.File(path) as file:
@@ -656,6 +657,7 @@ def test_memory_of_porting_the_whole_vgg16(tmp_path, monkeypatch, order):
     port = f"""
         import re, time
         from jaxft import port_weights
+        began = time.perf_counter()
         port_weights.load("vgg16", {str(path)!r}, order={order!r})
         seconds = time.perf_counter() - began
         # Not ru_maxrss, which a child inherits from the process that started it.
