@@ -231,7 +231,7 @@ class Checkpoints:
             if path.stem not in map(str, steps):
                 path.unlink(missing_ok=True)
         for step in steps:
-            if not self._sealed(step).exists():
+            if not self.has_digests(step):
                 content = b"".join(line + b"\n" for line in self._digests(step))
                 files.write_whole(self._sealed(step), lambda path, content=content: path.write_bytes(content))
 

@@ -180,7 +180,7 @@ def divide(source: Source, split: Split, seed: int) -> Division:
     """
     dataset = source.dataset
     _require_classes(dataset)
-    known = dataset.known if dataset.known.ndim == 1 else dataset.known.any(1)
+    known = dataset.has_label
     said = np.asarray(source.split if source.split else [""] * len(dataset))
     test, val = (np.flatnonzero(known & (said == part)) for part in ("test", "val"))
     rest = np.flatnonzero(known & (said != "test") & (said != "val"))

@@ -204,8 +204,8 @@ def check(data: Positional[str], split: Flat[Split] = Split(), seed: int = 0) ->
         data: the folder, the table, or tfds:NAME; or the folder of a run.
         seed: of the split.
     """
-    if (pathlib.Path(data).expanduser() / "checkpoints").is_dir():
-        _check_run(pathlib.Path(data).expanduser())
+    if ((folder := pathlib.Path(data).expanduser()) / "checkpoints").is_dir():
+        _check_run(folder)
         return
     source = sources.read(data)
     division = recipe.divide(source, split, seed)

@@ -22,6 +22,9 @@ NEAR = 8  # of 128 bits in which near duplicates differ at most
 LIKE = 0.99  # correlation of near duplicates in 32×32 pixels, at least
 FLAT = 8  # standard deviation of grey below which an image has no features to compare
 ODD = 4.0  # times the median's area, or its inverse; and the largest ratio of sides
+_KINDS: tuple[str, ...] = tuple(
+    "unreadable duplicate near-duplicate leak few imbalance labels unknown size mode group".split()
+)
 
 
 @dataclass(frozen=True)
@@ -63,11 +66,6 @@ def examine(
     if not brief:
         found += _near(dataset, looks, train, held_out)
     return sorted(found, key=lambda finding: (not finding.serious, _KINDS.index(finding.kind)))
-
-
-_KINDS: tuple[str, ...] = tuple(
-    "unreadable duplicate near-duplicate leak few imbalance labels unknown size mode group".split()
-)
 
 
 @dataclass(frozen=True)
@@ -146,9 +144,8 @@ def _labels(dataset: Dataset) -> list[Finding]:
         if len(alike) > 1:
             shown = ", ".join(map(repr, alike))
             found.append(_finding("labels", True, f"classes that differ in case or spaces alone: {shown}", alike, 0))
-    known = np.atleast_1d(dataset.known.reshape(len(dataset), -1).any(1))
-    if count := int((~known).sum()):
-        names = [name for name, is_known in zip(dataset.names, known, strict=True) if not is_known]
+    if count := int((~dataset.has_label).sum()):
+        names = [name for name, is_known in zip(dataset.names, dataset.has_label, strict=True) if not is_known]
         found.append(_finding("unknown", False, f"{count} images have no label, and take no part", names))
     if dataset.target == "values":
         return found

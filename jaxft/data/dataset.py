@@ -96,6 +96,11 @@ class Dataset:
         """Which labels are known: bool, of the shape of `labels`."""
         return ~np.isnan(self.labels) if self.target == "values" else self.labels >= 0
 
+    @property
+    def has_label(self) -> np.ndarray:
+        """Which images have a label that is known, of several at least one: bool [N]."""
+        return self.known if self.known.ndim == 1 else np.logical_or.reduce(self.known, axis=1)
+
     @functools.cached_property
     def digests(self) -> tuple[bytes, ...]:
         """SHA-256 of each image: of its bytes, or of its array with shape and dtype.
