@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import json
 import pathlib
 import shutil
 import threading
@@ -22,7 +23,8 @@ from jaxft.train_state import TrainState
 
 Arrays = dict[str, Any]
 
-FORMAT = 2  # of a run's folder; 1 had no phases
+FORMAT = 3  # of a run's folder; 1 had no phases, 2 no digests
+LAST = 2  # checkpoints that are kept beside the best: if the last one is damaged, the one before it is there
 
 
 class CheckpointError(RuntimeError):
@@ -54,23 +56,24 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 @dataclasses.dataclass
 class _LastAndBest(preservation_policy.PreservationPolicy):
-    """Which checkpoints Orbax keeps: the last one, and what `of` calls the best."""
+    """Which checkpoints Orbax keeps: the last `LAST`, and what `of` calls the best."""
 
     of: "Checkpoints"
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        last = max((found.step for found in checkpoints), default=None)
-        return [found.step in (last, self.of.best()) for found in checkpoints]
+        last = sorted(found.step for found in checkpoints)[-LAST:]
+        return [found.step in (*last, self.of.best()) for found in checkpoints]
 
 
 class Checkpoints:
-    """The checkpoints in one folder: the last and the best are kept.
+    """The checkpoints in one folder: the last two and the best are kept.
 
     A checkpoint holds three or four items: `variables` (parameters and BatchNorm statistics), `average` of them if
     there is one, `optimizer` (all else of a state), and `run`, JSON values. A save copies the state to the host,
-    returns, and goes on writing in the background; it becomes visible by a rename when it is whole, so that a killed
-    run leaves the checkpoints before it intact. Then `STEP.sha256` beside it gets the digest of each of its files, as
-    `sha256sum` writes and checks it; nothing is restored from a file that is no longer what was saved.
+    returns, and goes on writing in the background. Orbax renames it to `STEP` when it is whole; then its files are
+    forced to the disk, and `STEP.sha256` beside it gets the digest of each, as `sha256sum` writes and checks it. A
+    checkpoint counts from then on, and not before: a run that is killed, or a machine that loses its power, leaves the
+    ones before it. Nothing is restored from a file that is no longer what was saved.
     """
 
     def __init__(self, folder: pathlib.Path, record: dict[str, Any] | None = None):
@@ -94,11 +97,15 @@ class Checkpoints:
             self._set_damaged_aside()
         self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
         latest = self.latest()
-        if latest is not None and (found := self._read_run(latest)).get("format") == FORMAT:
-            self._best = found["best"] if found["best"] in self.steps() else None
+        if latest is not None:
+            best = self.run(latest)["best"]
+            self._best = best if best in self.steps() else None
 
     def steps(self) -> list[int]:
-        """The steps of the whole checkpoints, read off the folder: Orbax's own list counts saves under way."""
+        """The steps of the whole checkpoints, which have digests, in order."""
+        return [step for step in self._named() if self._sealed(step).exists()]
+
+    def _named(self) -> list[int]:
         if not self.folder.exists():
             return []
         return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit())
@@ -161,11 +168,15 @@ class Checkpoints:
             )
 
     def wait(self) -> None:
-        """Blocks until the save under way is whole.
+        """Blocks until the save under way is whole, in every process.
 
         Raises:
             CheckpointError: it failed.
         """
+        self._finish()
+        devices.barrier("a checkpoint is whole")
+
+    def _finish(self) -> None:
         try:
             self._manager.wait_until_finished()
         except (OSError, ValueError) as error:
@@ -182,8 +193,6 @@ class Checkpoints:
     def check(self, step: int) -> None:
         """Compares the files of the checkpoint of `step` with their digests from when it was whole.
 
-        One without digests passes: its writer was killed just before it wrote them, or was an earlier version.
-
         Raises:
             CheckpointError: a file is not what was saved, is gone, or cannot be read; the message names it.
         """
@@ -192,8 +201,11 @@ class Checkpoints:
         try:
             wanted = self._sealed(step).read_bytes().splitlines()
             found = self._digests(step)
-        except FileNotFoundError:
-            return
+        except FileNotFoundError as error:
+            raise CheckpointError(
+                f"the checkpoint of step {step} in {self.folder} is not whole: {pathlib.Path(error.filename).name} "
+                "is missing"
+            ) from error
         except OSError as error:
             raise CheckpointError(f"the checkpoint of step {step} in {self.folder} cannot be read ({error})") from error
         if bad := sorted(set(wanted) ^ set(found), key=lambda line: line.partition(b"  ")[2]):
@@ -202,10 +214,6 @@ class Checkpoints:
                 f"the checkpoint of step {step} in {self.folder} is damaged: {file} is not what was saved"
             )
         self._checked.add(step)
-
-    def has_digests(self, step: int) -> bool:
-        """Whether `check` has something to compare with."""
-        return self._sealed(step).exists()
 
     def _sealed(self, step: int) -> pathlib.Path:
         return self.folder / f"{step}.sha256"
@@ -226,12 +234,13 @@ class Checkpoints:
         """Writes the digests of what is whole and has none; deletes those of what is no longer kept."""
         if self.record is None or not devices.is_writer():
             return
-        steps = self.steps()
+        steps = self._named()
         for path in self.folder.glob("*.sha256"):
             if path.stem not in map(str, steps):
                 path.unlink(missing_ok=True)
         for step in steps:
-            if not self.has_digests(step):
+            if not self._sealed(step).exists():
+                files.force_to_disk(self.folder / str(step))
                 content = b"".join(line + b"\n" for line in self._digests(step))
                 files.write_whole(self._sealed(step), lambda path, content=content: path.write_bytes(content))
 
@@ -243,7 +252,8 @@ class Checkpoints:
             self._seal()
 
     def _set_damaged_aside(self) -> None:
-        for step in reversed(self.steps()):
+        self._require_this_format()
+        for step in reversed(self._named()):
             damage = ""
             try:
                 self.check(step)
@@ -266,27 +276,32 @@ class Checkpoints:
             damage = damage or "another process finds a checkpoint damaged"
             devices.say(f"WARNING: {damage}. It is set aside as {aside.name}; {then}")
 
+    def _require_this_format(self) -> None:
+        for step in reversed(self._named()):
+            found = self._format(step)
+            if found is not None and found != FORMAT and not self._sealed(step).exists():
+                raise CheckpointError(f"the checkpoint of step {step} in {self.folder} {_earlier(found, step)}")
+
+    def _format(self, step: int) -> int | None:
+        """The number that a checkpoint says, whole or not; None if it says none."""
+        try:
+            return json.loads((self.folder / str(step) / "run" / "metadata").read_bytes()).get("format", 1)
+        except (OSError, ValueError, AttributeError):
+            return None
+
     def run(self, step: int | None = None) -> dict[str, Any]:
-        """{"record", "progress"} of the checkpoint of `step`, by default the latest.
+        """{"record", "progress", "best"} of the checkpoint of `step`, by default the latest.
 
         Raises:
-            CheckpointError: there is none, or it was written by an earlier version of jaxft.
+            CheckpointError: there is none, it is damaged, or it was written by another version of jaxft.
         """
         step = self.latest() if step is None else step
         if step is None:
+            self._require_this_format()
             raise CheckpointError(f"{self.folder} holds no checkpoint")
-        found = self._read_run(step)
-        if found.get("format") != FORMAT:
-            raise CheckpointError(
-                f"the checkpoint of step {step} in {self.folder} was written by a version of jaxft without phases, "
-                "or by another program; this version cannot go on from it. Use a new folder"
-            )
-        return found
-
-    def _read_run(self, step: int) -> dict[str, Any]:
         self.check(step)
-        if not (self.folder / str(step) / "variables").exists():  # of an earlier version
-            return {}
+        if (found := self._format(step)) != FORMAT:
+            raise CheckpointError(f"the checkpoint of step {step} in {self.folder} {_earlier(found, step)}")
         return self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
 
     def restore(self, template: TrainState, step: int | None = None) -> TrainState:
@@ -342,14 +357,29 @@ class Checkpoints:
         return {kind: {**layers, **averaged[kind]} for kind, layers in raw.items()}
 
     def close(self) -> None:
-        """Waits for the save under way and stops the background threads."""
-        self.wait()
+        """Waits for the save under way in this process, and stops the background threads."""
+        self._finish()
         self._manager.close()
 
     def _remedy(self) -> str:
         latest = self.latest()
         kept = "nothing was saved before it" if latest is None else f"the checkpoint of step {latest} is intact"
         return f"{kept}. Free some space and run the same command again"
+
+
+def _earlier(found: int | None, step: int) -> str:
+    """What a checkpoint of another format is, and the way out."""
+    if found == 2:
+        return (
+            "was written by a version of jaxft without digests. If you trust it, and its run is not going on, adopt it "
+            f'with: cd checkpoints && sed -i \'s/"format": 2/"format": {FORMAT}/\' {step}/run/metadata && '
+            f"find {step} -type f -exec sha256sum {{}} + > {step}.sha256"
+        )
+    return (
+        "was written by a version of jaxft without phases, or by another program; this version cannot go on from it. "
+        "Use a new folder; to start from its weights, write them with the version that made it (port_weights.save), "
+        "and give that file as the weights"
+    )
 
 
 def _arrays(state: TrainState) -> dict[str, Arrays]:

@@ -23,12 +23,34 @@ def write_whole(path: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> Non
         with partial.open("rb+") as file:
             os.fsync(file.fileno())  # or a power cut could leave the new name on an empty file
         os.replace(partial, path)
+        sync(path.parent)
     except OSError as error:  # which names no file where a write fails, and else the partial one
         if error.errno is None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def force_to_disk(folder: pathlib.Path) -> None:
+    """Waits until all that lies in a folder, and its own name, would outlast a power cut.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    for path in [*folder.rglob("*"), folder, folder.parent]:
+        sync(path)
+
+
+def sync(path: pathlib.Path) -> None:
+    """Waits until a file or, where the system can, a folder is on the disk as it is now."""
+    if os.name == "nt":  # which opens no folder, and syncs no file that is open to read
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxft import devices, feed, fetch, files, masking, report, runs, train_state, watch
 from jaxft import task as tasks
-from jaxft.checkpoint import Checkpoints
+from jaxft.checkpoint import LAST, Checkpoints
 from jaxft.data import Inputs, decode, overlap
 from jaxft.model import Model
 from jaxft.phase import Phase
@@ -256,7 +256,7 @@ def _start(
     state = devices.replicate(train_state.create(net, goal.variables, phase, seed=run.seed), mesh)
     if checkpoints.latest() is not None:
         return checkpoints.restore(state)
-    checkpoints.require_room(state, 3)  # the best, the last, and the one being written
+    checkpoints.require_room(state, LAST + 2)  # with the best, and the one being written
     return state
 
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -52,6 +53,10 @@ class Run:
     def __post_init__(self):
         if not isinstance(self.folder, str | pathlib.PurePath):
             raise ValueError(f"folder={self.folder!r} is not a path; give the run's folder, as in Run('runs/first')")
+        if re.match(r"[a-z0-9]{2,}:/", str(self.folder)):
+            raise ValueError(
+                f"folder={str(self.folder)!r} is an address; mount it, and give the folder where it appears"
+            )
         object.__setattr__(self, "folder", pathlib.Path(self.folder).expanduser())
         if not is_int(self.seed) or self.seed < 0:
             raise ValueError(f"seed={self.seed!r} of the run must be a whole number from 0 on")

@@ -291,11 +291,11 @@ def _check_run(folder: pathlib.Path) -> None:
 
     with closing(Checkpoints(folder / "checkpoints")) as checkpoints:
         if not (steps := checkpoints.steps()):
-            raise ValueError(f"{folder} holds no checkpoint")
+            checkpoints.run()  # which says why there is none
         for step in steps:
             checkpoints.check(step)
-        words = ", ".join(f"{step}{'' if checkpoints.has_digests(step) else ' (without digests)'}" for step in steps)
-        devices.say(f"the checkpoints of {folder} are what was saved: step {words}")
+        words = f"step {', '.join(map(str, steps))}"
+        devices.say(f"the checkpoints of {folder} are what was saved: {words}")
 
 
 def _show_findings(findings: list[checking.Finding]) -> None:

@@ -4,8 +4,10 @@ import math
 import shutil
 import subprocess
 import sys
+import tarfile
 import textwrap
 import time
+from contextlib import closing
 from pathlib import Path
 
 import jax
@@ -61,16 +63,16 @@ def test_restores_what_was_saved_while_training_went_on(checkpoints, average):
 
 @pytest.mark.parametrize(
     ("saved_as_best", "expected"),
-    [([True, True, False, False, False], 2), ([True, False, False, True, False], 4), ([False, False], None)],
+    [([True, True, False, False, False], 2), ([True, False, False, True, False], 4), ([False, False, False], None)],
 )
-def test_keeps_the_best_and_the_last(checkpoints, saved_as_best, expected):
+def test_keeps_the_best_and_the_last_two(checkpoints, saved_as_best, expected):
     """Bug: retention drops the best, keeps every save and fills the disk, or another process takes another for best."""
     for step, best in enumerate(saved_as_best, 1):
         checkpoints.save(make_state(step=step), {}, best)
     checkpoints.wait()
     kept = sorted(int(path.name) for path in checkpoints.folder.iterdir() if path.is_dir())
     assert checkpoints.best() == expected and checkpoints.latest() == len(saved_as_best)
-    assert kept == sorted({expected, len(saved_as_best)} - {None})
+    assert kept == sorted({expected, len(saved_as_best) - 1, len(saved_as_best)} - {None})
     reader = Checkpoints(checkpoints.folder)  # as another process sees it
     assert reader.best() == expected
     reader.close()
@@ -134,21 +136,40 @@ def test_damage_is_found(checkpoints, tmp_path, capsys):
             folder = tmp_path / "copy"
             shutil.copytree(checkpoints.folder, folder)
             (folder / file).unlink() if content is None else (folder / file).write_bytes(content)
-            if content is not None or file.name != "2.sha256":
+            cut_off = content is None and file.name == "2.sha256"  # killed before they were written
+            if cut_off:
+                assert Checkpoints(folder).latest() == 1
+            else:
                 with pytest.raises(CheckpointError, match="step 2 in .* is damaged: .* is not what was saved"):
                     Checkpoints(folder)
-                again = Checkpoints(folder, {"net": "tiny", "sizes": (1, 2)})
-                out = capsys.readouterr().out
-                assert "is damaged" in out and "aside as 2.damaged; the last one is now that of step 1" in out
-                tiny.assert_same(arrays(again.restore(make_state(average=0.9))), expected)
-                assert again.run()["progress"] == {"step": 1} and again.best() == 1
-                assert (folder / "2.damaged").exists()
-            else:  # killed before they were written
-                again = Checkpoints(folder, {})
-                assert again.latest() == 2
+            again = Checkpoints(folder, {"net": "tiny", "sizes": (1, 2)})
+            out = capsys.readouterr().out
+            assert ("is not whole" if cut_off else "is damaged") in out
+            assert "aside as 2.damaged; the last one is now that of step 1" in out
+            tiny.assert_same(arrays(again.restore(make_state(average=0.9))), expected)
+            assert again.run()["progress"] == {"step": 1} and again.best() == 1
+            assert (folder / "2.damaged").exists()
             again.close()
-            assert (folder / f"{again.latest()}.sha256").exists()
             shutil.rmtree(folder)
+
+
+def test_a_checkpoint_that_was_renamed_in_part(checkpoints, capsys):
+    """Bug: what a kill leaves on a file system that renames file by file is taken as whole."""
+    for step in (1, 2):
+        checkpoints.save(make_state(step=step, seed=step), {"step": step})
+    checkpoints.wait()
+    for file in ("2.sha256", "2/run/metadata"):
+        (checkpoints.folder / file).unlink()
+    assert Checkpoints(checkpoints.folder).latest() == 1
+    again = Checkpoints(checkpoints.folder, {})
+    assert (
+        "the checkpoint of step 2 in" in (said := capsys.readouterr().out)
+        and "2.sha256 is missing. It is set aside" in said
+    )
+    again.save(make_state(step=2, seed=5), {})
+    again.close()
+    assert again.steps() == [1, 2]
+    tiny.assert_same(arrays(again.restore(make_state())), arrays(make_state(step=2, seed=5)))
 
 
 def test_digests_are_those_of_sha256sum(checkpoints):
@@ -156,7 +177,7 @@ def test_digests_are_those_of_sha256sum(checkpoints):
     for step in range(4):
         checkpoints.save(make_state(step=step), {}, best=step == 1)
     checkpoints.wait()
-    assert sorted(path.name for path in checkpoints.folder.glob("*.sha256")) == ["1.sha256", "3.sha256"]
+    assert sorted(path.name for path in checkpoints.folder.glob("*.sha256")) == [f"{step}.sha256" for step in (1, 2, 3)]
     checkpoints.save(make_state(step=4), {})
     for _ in range(200):  # without `wait`: at once, and not with the next save, which may be an epoch later
         time.sleep(0.05)
@@ -191,18 +212,54 @@ def test_differences_name_the_place():
     assert len(many) == 13 and many[-1] == "… and 3 more"
 
 
-def test_a_checkpoint_of_an_earlier_version_is_named(checkpoints):
-    """Bug: a KeyError of a field that earlier versions did not write."""
-    checkpoints.save(make_state(step=3), {})
-    checkpoints.wait()
-    (checkpoints.folder / "3.sha256").unlink()  # which they did not write either
-    file = next((checkpoints.folder / "3" / "run").iterdir())
-    file.write_text(json.dumps({"progress": {}}), encoding="utf-8")
-    with pytest.raises(CheckpointError, match="step 3 .* was written by a version of jaxft without phases"):
-        Checkpoints(checkpoints.folder).run()
-    shutil.rmtree(checkpoints.folder / "3" / "variables")
-    with pytest.raises(CheckpointError, match="Use a new folder"):
-        Checkpoints(checkpoints.folder).run()
+@pytest.fixture
+def kept(tmp_path):
+    """Number of a format → a folder of checkpoints that the version of its time wrote (momentum; then an average)."""
+
+    def unpack(number):
+        with tarfile.open(Path(__file__).parent / "formats" / f"{number}.tar.gz") as archive:
+            archive.extractall(tmp_path / str(number), filter="data")
+        return tmp_path / str(number)
+
+    return unpack
+
+
+def digest_of(folder):
+    """Of the state of its checkpoint."""
+    with closing(Checkpoints(folder)) as opened:
+        found = arrays(opened.restore(make_state(average=0.9)))
+    return hashlib.sha256(b"".join(name.encode() + found[name].tobytes() for name in sorted(found))).hexdigest()
+
+
+STATE = "bed9728f9a6211213be924fe90cb2286491982295ce06cb20a0ec7c9fa2ffaff"
+
+
+def test_a_checkpoint_of_this_format_stays_readable(kept):
+    """Bug: a new version of jaxft, or of Orbax, reads what an earlier one wrote otherwise, or no more."""
+    folder = kept(3)
+    with closing(Checkpoints(folder, {})) as opened:
+        assert opened.run()["progress"] == {"history": [1.5]} and opened.best() == 1
+    assert digest_of(folder) == STATE
+
+
+@pytest.mark.parametrize("record", [None, {}], ids=["read", "written"])
+@pytest.mark.parametrize(("number", "words"), [(1, "without phases"), (2, "without digests")])
+def test_a_checkpoint_of_an_earlier_format_is_named_and_stays(kept, number, words, record):
+    """Bug: a KeyError of a field that earlier versions did not write; or the run begins anew over it."""
+    folder = kept(number)
+    with pytest.raises(CheckpointError, match=f"step 1 .* was written by a version of jaxft {words}"):
+        Checkpoints(folder, record).run()
+    assert (folder / "1" / "run" / "metadata").exists()
+
+
+def test_a_checkpoint_of_the_second_format_is_adopted(kept):
+    """Bug: the command that the message gives is not one that helps."""
+    folder = kept(2)
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoints(folder).run()
+    command = str(caught.value).partition("adopt it with: cd checkpoints && ")[2]
+    subprocess.run(["sh", "-c", command], cwd=folder, check=True)
+    assert digest_of(folder) == STATE
 
 
 def test_a_reader_changes_nothing(tmp_path):

@@ -733,14 +733,18 @@ def test_a_damaged_checkpoint_changes_no_result(tmp_path, capsys):
     values = [1.0, 2.0, 3.0, 0.5]
     whole, _ = tiny.run(tmp_path / "whole", [Phase(4, CONSTANT)], goal=tiny.scored([*values, 9.0]))
     tiny.run(tmp_path / "run", [Phase(3, CONSTANT)], goal=tiny.scored([*values[:3], 9.0]))
-    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("*.sha256")) == ["2.sha256", "6.sha256"]
-    damage(tmp_path / "run", 6)
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("*.sha256")) == [
+        f"{step}.sha256" for step in (2, 4, 6)
+    ]
+    for step in (4, 6):
+        damage(tmp_path / "run", step)
     with pytest.raises(CheckpointError, match=r"step 6 .* is damaged: 6/\S+ is not what was saved"):
         model.open(tmp_path / "run", net=tiny.Tiny(), which="last")
     capsys.readouterr()
     trained, _ = tiny.run(tmp_path / "run", [Phase(4, CONSTANT)], goal=tiny.scored([*values[1:], 9.0]))
     out = capsys.readouterr().out
-    assert "It is set aside as 6.damaged; the last one is now that of step 2" in out and "up to step 2" in out
+    assert "It is set aside as 6.damaged; the last one is now that of step 4" in out
+    assert "It is set aside as 4.damaged; the last one is now that of step 2" in out and "up to step 2" in out
     tiny.assert_same(tiny.leaves(dict(trained.variables)), tiny.leaves(dict(whole.variables)))
     for name in ("predictions.csv", "history.jsonl"):
         ours, theirs = ((tmp_path / each / name).read_text() for each in ("run", "whole"))

@@ -238,6 +238,7 @@ def test_the_folder_of_a_run(monkeypatch, tmp_path):
     [
         ({"folder": None}, "folder=None is not a path"),
         ({"folder": 3}, "folder=3 is not a path"),
+        ({"folder": "gs://bucket/run"}, "is an address; mount it"),
         ({"seed": -1}, "seed=-1 of the run"),
         ({"seed": 1.5}, "seed=1.5"),
         ({"seed": True}, "seed=True"),
