@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import jax
 import tyro
 
 import jaxft
@@ -152,6 +153,14 @@ def exits(debug: bool = False) -> Iterator[None]:
             raise
         remedy = REMEDIES.get(getattr(error, "errno", None) or 0, "")
         sys.exit(f"error: {error}{remedy}")
+    except jax.errors.JaxRuntimeError as error:
+        if debug or jax.process_count() == 1:
+            raise
+        reason = str(error).partition("\n")[0]
+        sys.exit(
+            f"error: the processes of this run have lost each other, as one of them has ended ({reason}); what it says "
+            "is the cause. Start all of them again with the same command to go on from the last checkpoint"
+        )
     finally:
         for number, handler in usual.items():
             signal.signal(number, handler)
