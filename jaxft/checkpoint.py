@@ -4,11 +4,14 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import pathlib
+import re
 import shutil
+import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -91,6 +94,8 @@ class Checkpoints:
             cleanup_tmp_directories=record is not None,
             create=record is not None,
         )
+        if record is not None:
+            _hush()
         arrays = {name: ocp.StandardCheckpointHandler() for name in ("variables", "average", "optimizer")}
         handlers = {**arrays, "run": ocp.JsonCheckpointHandler()}
         if record is not None:
@@ -150,12 +155,8 @@ class Checkpoints:
 
     def _write(self, step: int, items: dict[str, Any], run: dict[str, Any]) -> None:
         args = ocp.args.Composite(**items, run=ocp.args.JsonSave(files.strict(run)))
-        try:
+        with self._says(f"the checkpoint of step {step} was not written"):
             self._manager.save(step, args=args)
-        except (OSError, ValueError) as error:  # tensorstore reports a failed write as a ValueError
-            raise CheckpointError(
-                f"the checkpoint of step {step} was not written ({error}); {self._remedy()}"
-            ) from error
 
     def require_room(self, state: TrainState, checkpoints: int = 1) -> None:
         """Raises CheckpointError unless the disk has room for that many more checkpoints of `state`."""
@@ -177,18 +178,11 @@ class Checkpoints:
         devices.barrier("a checkpoint is whole")
 
     def _finish(self) -> None:
-        try:
+        with self._says("a checkpoint was not written"):
             self._manager.wait_until_finished()
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"a checkpoint was not written ({error}); {self._remedy()}") from error
-        if self._sealing is not None:
-            self._sealing.join()
-        try:
+            if self._sealing is not None:
+                self._sealing.join()
             self._seal()
-        except OSError as error:
-            raise CheckpointError(
-                f"the digests of a checkpoint were not written ({error}); {self._remedy()}"
-            ) from error
 
     def check(self, step: int) -> None:
         """Compares the files of the checkpoint of `step` with their digests from when it was whole.
@@ -361,10 +355,49 @@ class Checkpoints:
         self._finish()
         self._manager.close()
 
-    def _remedy(self) -> str:
+    @contextlib.contextmanager
+    def _says(self, what: str) -> Iterator[None]:
+        """Turns whatever fails in the body into a CheckpointError of one line."""
+        try:
+            yield
+        except CheckpointError:
+            raise
+        except Exception as error:  # noqa: BLE001 - Orbax passes on whatever its threads met, of any type
+            reason = re.sub(r" \[tensorstore_spec=.*| \[os_error_code=.*", "", " ".join(str(error).split()))
+            raise CheckpointError(
+                f"{what} ({reason[-500:] or type(error).__name__}); {self._remedy(reason)}"
+            ) from error
+
+    def _remedy(self, reason: str = "No space left") -> str:
         latest = self.latest()
         kept = "nothing was saved before it" if latest is None else f"the checkpoint of step {latest} is intact"
-        return f"{kept}. Free some space and run the same command again"
+        full = any(words in reason for words in ("No space left", "quota", "File too large"))
+        way_out = "Free some space (bytes and, by `df -i`, inodes)" if full else "Mend that"
+        return f"{kept}. {way_out} and run the same command again"
+
+
+class _OfOrbax(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (record.levelno >= logging.ERROR and "orbax" in record.pathname)
+
+
+def _hush() -> None:
+    """Has Orbax not print what it raises.
+
+    When a write fails, its threads log the error with a traceback, and, as they close their event loop first, each
+    write that was under way another one, by `sys.unraisablehook`. The error itself comes out of `wait_until_finished`.
+    """
+    logger = logging.getLogger("absl")
+    if any(isinstance(found, _OfOrbax) for found in logger.filters):
+        return
+    logger.addFilter(_OfOrbax())
+    usual = sys.unraisablehook
+
+    def hook(found: Any) -> None:
+        if str(found.exc_value) != "Event loop is closed":
+            usual(found)
+
+    sys.unraisablehook = hook
 
 
 def _earlier(found: int | None, step: int) -> str:

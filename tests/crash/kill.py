@@ -122,15 +122,17 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("kills.jsonl"))
+    parser.add_argument("--without", choices=("seed",), help="to see that it is missed")
     given = parser.parse_args()
     base = pathlib.Path(tempfile.mkdtemp(prefix="kills-"))
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(base / "compiled")
-    program.jax.config.update("jax_compilation_cache_dir", str(base / "compiled"))
+    program.keep_programs(base / "compiled")
     program.watch()
     whole = {}
     for name in given.kinds:
         whole[name] = alone(name, base)
         print(f"{name}: {whole[name][1]:.1f} s when nobody kills it", flush=True)
+    if given.without:
+        program.forget_seed()
     each = -(-given.kills // (len(given.kinds) * given.jobs))
     workers = []
     for job in range(given.jobs):

@@ -141,6 +141,16 @@ def watch() -> None:
     Checkpoints._write, Checkpoints._seal = writes, seals
 
 
+def forget_seed() -> None:
+    """Has each process draw an order of the images of its own."""
+    stream = feed.loader.train_batches
+
+    def anew(*args: Any, **options: Any) -> Any:
+        return stream(*args, **options | {"seed": options["seed"] + os.getpid()})
+
+    feed.loader.train_batches = anew
+
+
 def images(count: int, side: int) -> list[bytes]:
     """PNG files of which the brightest channel says the class."""
     found = []
@@ -185,6 +195,13 @@ def left(folder: pathlib.Path) -> dict[str, Any]:
         content = pipe.read()
     os.waitpid(number, 0)
     return json.loads(content)
+
+
+def keep_programs(folder: pathlib.Path) -> None:
+    """Has the processes forked from this one share compiled programs, though tests else do not."""
+    jax.config.update("jax_enable_compilation_cache", True)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def start(kind: Kind, folder: pathlib.Path, cache: pathlib.Path, log: pathlib.Path, port: int = 0) -> list[int]:
