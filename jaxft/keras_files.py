@@ -44,6 +44,7 @@ _BROKEN = (
 _RANDOM_STATE = ("seed_generator", "seed_generator_state", "StateVar")  # of dropout and augmentation: no weights
 
 _KERAS_ONLY = "expected the weights of Keras: HDF5 (.h5) or a .keras zip"
+_AGAIN = "its transfer may have been cut short: download it again"
 _OTHERS = (
     f"It cannot fill a net here; {_KERAS_ONLY}. Take the Keras file of the same net (weights imagenet), "
     "or move the weights into a Keras model and save_weights as .weights.h5"
@@ -58,10 +59,11 @@ def kind(shapes: Sequence[tuple[int, ...]]) -> str:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tensor:
-    """One array of a file, not read yet; `name` is what the file calls it."""
+    """One array of a file, not read yet; `name` is what the file at `path` calls it."""
 
     name: str
     data: h5py.Dataset
+    path: Path = Path()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -72,12 +74,19 @@ class Tensor:
         return np.dtype(ml_dtypes.bfloat16) if self.data.dtype == _BFLOAT16 else self.data.dtype
 
     def read(self, rows: slice = slice(None)) -> np.ndarray:
-        """The values as float32, or some rows of them."""
-        if rows == slice(None) and self.data.dtype != _BFLOAT16:
-            array = np.empty(self.shape, np.float32)
-            self.data.read_direct(array)
-            return array
-        return np.asarray(self.data[rows]).view(self.dtype).astype(np.float32)
+        """The values as float32, or some rows of them.
+
+        Raises:
+            ValueError: the file is damaged in this place.
+        """
+        try:
+            if rows == slice(None) and self.data.dtype != _BFLOAT16:
+                array = np.empty(self.shape, np.float32)
+                self.data.read_direct(array)
+                return array
+            return np.asarray(self.data[rows]).view(self.dtype).astype(np.float32)
+        except _BROKEN as error:
+            raise ValueError(f"{self.path}: {self.name} cannot be read ({error}); {_AGAIN}") from error
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -165,12 +174,15 @@ def read(path: str | os.PathLike[str]) -> KerasFile:
     except _BROKEN as error:
         close()
         raise ValueError(
-            f"{path} is not a whole Keras weight file ({error}); {_KERAS_ONLY}. "
-            "If it was downloaded, its transfer may have been cut short: download it again"
+            f"{path} is not a whole Keras weight file ({error}); {_KERAS_ONLY}. If it was downloaded, {_AGAIN}"
         ) from error
     except ValueError as error:
         close()
         raise ValueError(f"{path}: {error}") from error
+    found["layers"] = tuple(
+        Layer(layer.name, tuple(dataclasses.replace(tensor, path=path) for tensor in layer.tensors))
+        for layer in found["layers"]
+    )
     container = "keras" if zipped else found.pop("container")
     found.pop("container", None)
     # Only a file that names no backend is looked up among the published ones; reading for md5 gives sha256 as well.
@@ -188,9 +200,8 @@ def _foreign(path: Path) -> str | None:
     with path.open("rb") as file:
         start = file.read(4096)
     names: list[str] = []
-    if zipfile.is_zipfile(path):
-        with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
+    with contextlib.suppress(*_BROKEN, ValueError), zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
     if _MEMBER in names:
         return None
     if start.startswith(b"version https://git-lfs"):

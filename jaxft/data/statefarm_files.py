@@ -4,7 +4,9 @@ import csv
 import hashlib
 import io
 import itertools
+import lzma
 import os
+import struct
 import zipfile
 import zlib
 from collections import Counter
@@ -149,15 +151,16 @@ def _on_disk(path: str, info: os.stat_result) -> _File:
 def _zip_members(path: Path) -> dict[str, _File]:
     try:
         archive = zipfile.ZipFile(path)
-    except zipfile.BadZipFile as err:
+    except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError, struct.error) as err:
         raise ValueError(f"{path} is not a whole zip file ({err}); download it again from {URL}") from err
 
     def reader(info: zipfile.ZipInfo) -> Callable[[], bytes]:
         def read() -> bytes:
             try:
                 return archive.read(info)
-            # RuntimeError: encrypted; NotImplementedError, its subclass: an unknown compression.
-            except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as err:
+            # RuntimeError: encrypted; NotImplementedError, its subclass: an unknown compression; OSError: a place that
+            # is not in the file.
+            except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, OSError) as err:
                 raise ValueError(f"{info.filename} in {path} cannot be read ({err}); download it again") from err
 
         return read

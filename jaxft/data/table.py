@@ -53,6 +53,8 @@ def read(path: pathlib.Path, classes: Sequence[str] | None = None) -> Source:
         raise ValueError(f"{path}, row {names.index('') + 2}: the file is not named")
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise ValueError(f"{path} names {twice[0]!r} {names.count(twice[0])} times; give each image one row")
+    if bad := [name for name in names if "\0" in name]:
+        raise ValueError(f"{path}, row {names.index(bad[0]) + 2}: {bad[0]!r} cannot be the name of a file")
     files = _files(path, names)
     labels, classes, target = _labels(path, columns, label, classes)
     groups = [group or name for group, name in zip(columns.get("group", names), names, strict=True)]
@@ -103,20 +105,18 @@ def _parquet(path: pathlib.Path) -> dict[str, list[str]]:
     import pyarrow as arrow
     import pyarrow.parquet as parquet
 
-    try:
-        table = parquet.read_table(path)
-    except (arrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is not a whole Parquet file ({error}); write it again") from error
-
     def text(cell: object) -> str:
         if isinstance(cell, list):
             return "|".join(map(str, cell))
         return "" if cell is None or (isinstance(cell, float) and math.isnan(cell)) else str(cell).strip()
 
-    names = [name.strip().lower() for name in table.column_names]
-    return {
-        name: [text(cell) for cell in column.to_pylist()] for name, column in zip(names, table.columns, strict=True)
-    }
+    try:
+        table = parquet.read_table(path)
+        names = [name.strip().lower() for name in table.column_names]
+        columns = zip(names, table.columns, strict=True)
+        return {name: [text(cell) for cell in column.to_pylist()] for name, column in columns}
+    except (arrow.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:  # of pages, and of cells
+        raise ValueError(f"{path} is not a whole Parquet file ({error}); write it again") from error
 
 
 def _files(path: pathlib.Path, names: Sequence[str]) -> tuple[str, ...]:
