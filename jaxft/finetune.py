@@ -12,10 +12,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxft import devices, feed, fetch, files, masking, report, runs, train_state, watch
+from jaxft import devices, diverged, feed, fetch, files, masking, report, runs, train_state, watch
 from jaxft import task as tasks
 from jaxft.checkpoint import LAST, Checkpoints
 from jaxft.data import Inputs, decode, overlap
+from jaxft.diverged import Diverged
 from jaxft.model import Model
 from jaxft.phase import Phase
 from jaxft.predict import Predictions
@@ -91,9 +92,14 @@ def finetune(
     with runs.only_writer(run.folder):
         with closing(Checkpoints(run.folder / "checkpoints", record)) as checkpoints:
             progress = _resume(run, record, checkpoints, phases)
-            runs.write_history(run.folder, progress.history)  # which may have been lost, or hold more than was saved
+            if checkpoints.latest() is not None:  # what lies beside may be lost or damaged, or hold more than was saved
+                runs.write_record(run.folder, record=record, model=goal.trained(run.keep))
+            runs.write_history(run.folder, progress.history)
             with watch.watching(run.watch, run.folder, record, progress.history) as tell:
-                kept = _train(goal, nets, (train, held_out), phases, run, checkpoints, progress, tell)
+                try:
+                    kept = _train(goal, nets, (train, held_out), phases, run, checkpoints, progress, tell)
+                except Diverged as error:
+                    raise _explained(error, train, run) from error
             ended, predictions, row, which = _end(goal, nets, held_out, run, checkpoints, progress, kept)
         if devices.is_writer():
             report.write_predictions(run.folder / "predictions.csv", predictions, held_out.dataset)
@@ -283,6 +289,23 @@ def _end(
     ended = dataclasses.replace(goal, net=net, variables=checkpoints.variables(step))
     predictions = kept[step] if step in kept else ended.predict(held_out.dataset, held_out.indices)
     return ended, predictions, row, "last" if best is None else "best"
+
+
+def _explained(error: Diverged, train: Inputs, run: Run) -> Diverged:
+    """The error with a report of it in the run's folder."""
+    command, file = diverged.replay(), run.folder / "diverged.json"
+    steps = [
+        step | {"images": [train.dataset.names[i] for i in step["images"] if i >= 0]} if "images" in step else step
+        for step in error.steps
+    ]
+    if devices.is_writer():
+        report = {"what": str(error), "steps": steps, "replay": command, "versions": devices.versions()}
+        files.write_json(file, report)
+    return Diverged(
+        f"{error}. {file} has the images and the largest gradients of the last steps. To see where the first number "
+        f"that is not finite comes from, do that step again with: {command}",
+        steps,
+    )
 
 
 def _pictures(

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from jaxft import devices, masking, train_state
 from jaxft.checkpoint import Checkpoints
+from jaxft.diverged import Diverged, Recent
 from jaxft.meter import Meter
 from jaxft.phase import Phase
 from jaxft.progress import bar
@@ -29,10 +30,6 @@ Prepare = Callable[[jax.Array, jax.Array, Labels], tuple[jax.Array, Labels]]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
 KNOWN = 1 - 1e-6  # a label that is blended of known ones is known but for rounding
-
-
-class Diverged(FloatingPointError):
-    """The training loss is no longer finite."""
 
 
 class OutOfMemory(ValueError):
@@ -159,13 +156,16 @@ def batch_of(images: Any, labels: Any) -> Batch:
     }
 
 
-def make_train_step(task: Task, num_outputs: int, prepare: Prepare, start: str | None = None) -> TrainStep:
+def make_train_step(
+    task: Task, num_outputs: int, prepare: Prepare, start: str | None = None, *, layer_norms: bool = False
+) -> TrainStep:
     """The jitted train step; the state is donated, so use only the one returned.
 
     A batch holds `image` uint8 [B, H, W, 3], `label`, `known` and `weight`, as `loader.train_batches` gives them. With
     `start`, `image` is the output of the stage of that name and only what follows is run. The figures are float32
     scalars: `loss` (the task's, weighted, over known labels), the task's score, and `grad_norm`, the global norm over
-    the trainable leaves. Optimizers that want them get `value` (the loss) and `grad`.
+    the trainable leaves. Optimizers that want them get `value` (the loss) and `grad`. With `layer_norms`, an
+    array of that name goes with them: the norm of each trainable layer's gradient, in the order of their names.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -200,6 +200,8 @@ def make_train_step(task: Task, num_outputs: int, prepare: Prepare, start: str |
             score: mean(score_of(logits, labels["target"]), labels),
             "grad_norm": optax.tree.norm(grads),
         }
+        if layer_norms:
+            figures["layer_norms"] = jnp.stack([optax.tree.norm(grads[layer]) for layer in sorted(grads)])
         state = dataclasses.replace(
             state,
             step=state.step + 1,
@@ -257,14 +259,14 @@ def fit(
     first, step = plan.first_step(progress.history), int(state.step)
     last = first + plan.phase.epochs * plan.steps_per_epoch
     meter, seen = Meter(progress.sums), set()
-    pending: dict[str, jax.Array] | None = None  # figures that the device may still be computing
+    recent = Recent(sorted(masking.split(state.params, state.labels)[0]))
+    pending: tuple[Any, int, Any] | None = None  # figures that are still being computed, their first step, its images
 
     def settle() -> None:
         nonlocal pending
         if pending is not None:
-            figures, pending = jax.device_get(pending), None
-            _require_finite(figures["loss"], step, checkpoints)
-            meter.add(figures)
+            _settle(pending, meter, recent, checkpoints)
+            pending = None
 
     stream = dispatches(step, last)
     with stop_signal() as stop, bar("training", last - first, step - first, unit="steps") as advance:
@@ -282,14 +284,15 @@ def fit(
                 meter.pause()
                 state, figures = _compiled(train_step, state, batch, plan.batch_size)
                 seen.add(dispatch.steps)
-            pending, step = figures, step + dispatch.steps
+            pending, step = (figures, step, dispatch.batch.get("index")), step + dispatch.steps
             advance(dispatch.steps, _note(plan, step, first, meter), timed=timed)
             ends_epoch, is_best = step % plan.steps_per_epoch == 0, False
             stops = devices.any_process(bool(stop))
             if not (stops or ends_epoch or (plan.save_every and step % plan.save_every == 0)):
                 continue
             settle()
-            _require_finite_weights(state, step, checkpoints)
+            if not _all_finite(state.params):  # though the loss was, before the last update
+                raise _diverged("the weights are not finite after the update", step - 1, checkpoints, recent)
             meter.pause()
             if ends_epoch:
                 row = _row(plan, step, step - 1 - first, state, meter)
@@ -306,6 +309,13 @@ def fit(
         if not ends and devices.any_process(bool(stop)):  # it may have come during the last evaluation or save
             raise _stopped(stop, step)
     return state
+
+
+def _settle(pending: tuple[Any, int, Any], meter: Meter, recent: Recent, checkpoints: Checkpoints) -> None:
+    figures, first, index = jax.device_get(pending)
+    if (bad := recent.add(first, figures["loss"], figures.pop("layer_norms", None), index)) is not None:
+        raise _diverged("the loss is not finite", bad, checkpoints, recent)
+    meter.add(figures)
 
 
 def _rescaled(state: TrainState, plan: Plan, progress: Progress) -> TrainState:
@@ -334,22 +344,11 @@ def _compiled(train_step: TrainStep, state: TrainState, batch: Batch, batch_size
     return state, figures
 
 
-def _require_finite(losses: np.ndarray, step: int, checkpoints: Checkpoints) -> None:
-    losses = np.ravel(losses)
-    if not np.isfinite(losses).all():
-        raise _diverged(f"the loss became {losses[~np.isfinite(losses)][0]}", step, checkpoints)
-
-
-def _require_finite_weights(state: TrainState, step: int, checkpoints: Checkpoints) -> None:
-    if not _all_finite(state.params):  # though the loss was, before the last update
-        raise _diverged("the weights are not finite", step, checkpoints)
-
-
-def _diverged(what: str, step: int, checkpoints: Checkpoints) -> Diverged:
+def _diverged(what: str, step: int, checkpoints: Checkpoints, recent: Recent) -> Diverged:
     checkpoints.wait()
     latest = checkpoints.latest()
     kept = "no checkpoint was saved" if latest is None else f"the checkpoint of step {latest} is intact"
-    return Diverged(f"{what} by step {step}; {kept}. Try a lower learning rate, in another folder")
+    return Diverged(f"{what} of step {step}; {kept}. Try a lower learning rate, in another folder", recent.report())
 
 
 @jax.jit

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 
@@ -208,6 +209,44 @@ def test_a_damaged_block_is_computed_again(monkeypatch, capsys):
     again.fill(compute)
     assert "block 3 of 5 is damaged" in capsys.readouterr().out
     np.testing.assert_array_equal(again.take(np.arange(40)), whole)
+
+
+def test_a_cache_that_is_read_while_another_process_mends_it(monkeypatch):
+    """Bug: the file is cut off in place, and the process that reads it dies of SIGBUS."""
+    monkeypatch.setattr(rows_module, "BLOCK_BYTES", 8 * 4000)
+    cache, whole, compute = a_cache()
+    cache.fill(compute)
+    with cache.file.open("rb+") as file:
+        file.seek(20 * 4000)
+        file.write(b"damage")
+    again, _, _ = a_cache()
+    asked = []
+    again.fill(lambda indices: asked.append(indices) or compute(indices))
+    assert asked[0].tolist() == list(range(16, 40))
+    np.testing.assert_array_equal(cache.take(np.arange(24, 40)), whole[24:])  # of the file that was
+    np.testing.assert_array_equal(again.take(np.arange(40)), whole)
+    assert sorted(path.name for path in again.folder.iterdir()) == ["manifest.json", "rows.bin", "rows.bin.lock"]
+
+
+def test_a_whole_cache_on_a_disk_that_takes_no_writes(monkeypatch):
+    """Bug: nothing is to be written, and the run ends, or computes it all again, as there can be no lock."""
+    cache, whole, compute = a_cache()
+    cache.fill(compute)
+    for path in cache.folder.glob("*.lock"):
+        path.unlink()
+
+    def refuse(*_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(rows_module.fetch, "sole_writer", refuse)
+    monkeypatch.setattr(rows_module.files, "write_whole", refuse)
+    again, _, _ = a_cache()
+    again.fill(never)
+    np.testing.assert_array_equal(again.take(np.arange(40)), whole)
+
+
+def never(indices):
+    raise AssertionError(f"{len(indices)} rows are computed again")
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path, monkeypatch):

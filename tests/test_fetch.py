@@ -119,8 +119,10 @@ def test_other_content_is_refused(served: Served, tmp_path: Path):
     served.content = CONTENT[:-1] + b"?"
     with pytest.raises(fetch.Unavailable, match="another file came") as caught:
         fetch.from_url(served.url, MD5, cache=tmp_path)
-    assert MD5 in str(caught.value)
-    assert names(tmp_path) == set()
+    assert MD5 in str(caught.value) and "kept as weights.h5.quarantined, and nothing reads it" in str(caught.value)
+    assert names(tmp_path) == {"weights.h5.quarantined"}
+    served.content = CONTENT
+    assert fetch.from_url(served.url, MD5, cache=tmp_path).read_bytes() == CONTENT
 
 
 def test_unreachable_says_what_to_do(dead_url: str, tmp_path: Path):

@@ -84,6 +84,10 @@ def test_damaged_json_is_named(tmp_path):
     (tmp_path / "config.json").write_bytes(b"{")
     with pytest.raises(ValueError, match=r"config.json is not JSON .*delete it"):
         files.read_json(tmp_path / "config.json")
+    for content, kind in ((b"[]", "list"), (b"null", "NoneType")):
+        (tmp_path / "config.json").write_bytes(content)
+        with pytest.raises(ValueError, match=f"config.json holds a {kind}, not an object"):
+            files.read_json(tmp_path / "config.json")
 
 
 def test_csv(tmp_path):
@@ -98,3 +102,14 @@ def test_csv(tmp_path):
     with pytest.raises(ValueError, match="history.csv: a table needs at least one row"):
         files.write_csv(path, [])
     assert [found.name for found in tmp_path.iterdir()] == ["history.csv"]
+
+
+def test_no_cell_is_a_formula(tmp_path):
+    """Bug: an image called =HYPERLINK(…) does something when a spreadsheet opens the predictions."""
+    path = tmp_path / "predictions.csv"
+    names = ["=1+1", "+1", "-cmd", "@x", "\tx", "-2.5", "a=b"]
+    files.write_csv(path, [{"file": name, "=p": -0.5} for name in names])
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["file", "'=p"]
+    assert rows[1:] == [[cell, "-0.5"] for cell in ("'=1+1", "+1", "'-cmd", "'@x", "'\tx", "-2.5", "a=b")]

@@ -23,7 +23,7 @@ from tiny import cache, kept_programs, no_pictures  # noqa: F401
 
 from jaxft import finetune, model, optim, task, train
 from jaxft.checkpoint import CheckpointError, Checkpoints
-from jaxft.data import Inputs, augment, mix, order
+from jaxft.data import Inputs, augment, loader, mix, order
 from jaxft.phase import Phase
 from jaxft.runs import Run
 
@@ -719,6 +719,30 @@ def test_a_run_that_diverges_names_the_checkpoint_that_is_really_there(tmp_path)
         tiny.run(tmp_path / "run", [Phase(2, optim.Constant(1e30))], save_every=1)
 
 
+@quick
+@pytest.mark.parametrize("options", [{}, {"cache_features": "on"}], ids=["plain", "several at once"])
+def test_a_run_that_diverges_is_explained(tmp_path, options):
+    """Bug: which step, images and layer it was is not known, or a step too late; the report itself is not JSON."""
+    rate = lambda count: jnp.where(count < 4, 0.01, jnp.inf)  # noqa: E731 - update 4 spoils the loss of step 5
+    frozen = "all-but-head" if options else "none"
+    with pytest.raises(train.Diverged, match=r"not finite of step 5; .*diverged.json has the images") as caught:
+        tiny.run(tmp_path / "run", [Phase(3, rate, frozen=frozen)], save_every=3, **options)
+    report = read_json(tmp_path / "run" / "diverged.json")
+    assert [step["step"] for step in report["steps"]] == list(range(6))
+    *finite, last = report["steps"]
+    assert last["loss"] is None and all(math.isfinite(step["loss"]) for step in finite)
+    data = tiny.dataset()
+    stream = loader.train_batches(
+        Inputs(data, np.arange(23), (8, 8), 8), data.images, seed=0, start_step=5, num_steps=1
+    )
+    assert last["images"] == [data.names[i] for i in next(iter(stream))["index"]]
+    layers = {"predictions"} if options else {"conv1", "bn1", "conv2", "predictions"}
+    assert set(last["largest_gradients"]) == layers
+    largest = list(finite[0]["largest_gradients"].values())
+    assert largest == sorted(largest, reverse=True) and largest[-1] > 0
+    assert report["replay"].startswith("JAX_DEBUG_NANS=True ") and report["replay"] in str(caught.value)
+
+
 def damage(folder, step):
     """Flips one bit of the largest file of a checkpoint."""
     file = max((folder / "checkpoints" / str(step)).rglob("*"), key=lambda path: path.is_file() and path.stat().st_size)
@@ -765,7 +789,26 @@ def test_a_best_state_that_is_lost(tmp_path, capsys):
 
 
 @quick
+@pytest.mark.parametrize("content", [b"", b'{"a":', b"[]", b"null", None], ids=["empty", "cut", "list", "null", "gone"])
+def test_what_lies_beside_the_checkpoints_may_be_damaged(tmp_path, content):
+    """Bug: a record that a crash emptied stops the run, names no file, or is never written again."""
+    for epochs in (1, 2, 2):  # one that goes on, and one that has nothing left to train
+        tiny.run(tmp_path / "run", [Phase(epochs, CONSTANT)])
+        for name in ("config.json", "model.json", "history.csv", "history.jsonl", "summary.json"):
+            file = tmp_path / "run" / name
+            before = file.read_bytes()
+            file.unlink() if content is None else file.write_bytes(content)
+    tiny.run(tmp_path / "run", [Phase(2, CONSTANT)])
+    for name in ("config.json", "model.json", "summary.json"):
+        assert read_json(tmp_path / "run" / name)
+    assert len(tiny.history(tmp_path / "run")) == 2 and before
+    assert model.open(tmp_path / "run", net=tiny.Tiny()).classes == tiny.CLASSES
+
+
+@quick
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     """Bug: NaN in the last update of an epoch, whose loss was still a number, ends in NaN predictions and status 0."""
-    with pytest.raises(train.Diverged, match="the weights are not finite by step 2; no checkpoint was saved"):
+    with pytest.raises(
+        train.Diverged, match="the weights are not finite after the update of step 1; no checkpoint was saved"
+    ):
         tiny.run(tmp_path / "run", [Phase(1, lambda count: jnp.where(count < 1, 0.01, jnp.inf))])

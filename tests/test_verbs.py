@@ -241,6 +241,31 @@ def test_a_signal_where_nothing_is_trained(number):
     assert process.returncode == 128 + number and err.count("\n") == 1 and "run the same command again" in err
 
 
+def test_ctrl_c_while_an_experiment_is_imported(tmp_path):
+    """Bug: a traceback through the imports of libraries."""
+    process = subprocess.Popen(
+        [sys.executable, "-X", "importtime", "-m", "experiments.vgg16_statefarm", "--help"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        cwd=ROOT,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )
+    for line in process.stderr:
+        if " jax." in line:  # the first part of JAX is there, and hundreds are not
+            break
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGINT and "Traceback" not in err
+
+
+def test_memory_that_is_used_up():
+    """Bug: a traceback of whatever asked for the last bytes."""
+    code = "from jaxft import command; command.run(lambda: bytearray(1 << 62))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", cwd=ROOT)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "try a smaller batch" in done.stderr
+
+
 def test_nohup():
     """Bug: a run that `nohup` shields from the end of a terminal ends with it."""
     code = "import os, signal; from jaxft import command; command.run(lambda: os.kill(os.getpid(), signal.SIGHUP))"

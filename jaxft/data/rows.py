@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import pathlib
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -73,7 +74,7 @@ class Rows:
 
     def missing(self) -> int:
         """How many rows are still to be computed."""
-        return len(self.indices) - sum(rows for rows, _ in self._blocks())
+        return len(self.indices) - _rows(self._blocks())
 
     def fill(self, compute: Callable[[np.ndarray], Iterator[np.ndarray]]) -> None:
         """Verifies what is on disk, computes what is missing, and opens the cache.
@@ -86,10 +87,12 @@ class Rows:
         """
         with ExitStack() as alone:
             with _own():
-                self.folder.mkdir(parents=True, exist_ok=True)
-                alone.enter_context(fetch.sole_writer(self.file))
                 blocks = self._verified()
-            done = sum(rows for rows, _ in blocks)
+                if _rows(blocks) < len(self.indices):  # a whole one wants no lock, and may lie on a disk without writes
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    alone.enter_context(fetch.sole_writer(self.file))
+                    blocks = self._verified()
+            done = _rows(blocks)
             if done < len(self.indices):
                 if reason := no_room([self]):
                     raise CacheError(reason)
@@ -145,10 +148,10 @@ class Rows:
 
     def _write(self, blocks: list[tuple[int, int]], done: int, batches: Iterator[np.ndarray]) -> None:
         with _own():
+            self._keep(done * self.row_bytes)
             file = self.file.open("r+b" if self.file.exists() else "wb")
         with file, bar(self.kind, len(self.indices), done) as advance:
             with _own():
-                file.truncate(done * self.row_bytes)
                 file.seek(0, os.SEEK_END)
             rows, crc = 0, 0
             for batch in batches:
@@ -163,6 +166,22 @@ class Rows:
                         files.write_json(self.manifest, {"identity": self.identity, "blocks": blocks})
                         rows, crc = 0, 0
                 advance(len(batch))
+
+    def _keep(self, size: int) -> None:
+        """Leaves the first bytes of the file, in a copy: another process may be reading the damaged one that it was."""
+        if not self.file.exists() or self.file.stat().st_size == size:
+            return
+
+        def copy(path: pathlib.Path) -> None:
+            with self.file.open("rb") as whole, path.open("wb") as part:
+                for left in range(size, 0, -BLOCK_BYTES):
+                    part.write(whole.read(min(left, BLOCK_BYTES)))
+
+        files.write_whole(self.file, copy)
+
+
+def _rows(blocks: Iterable[tuple[int, int]]) -> int:
+    return sum(rows for rows, _ in blocks)
 
 
 def no_room(caches: Iterable[Rows]) -> str | None:
