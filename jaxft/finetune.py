@@ -302,8 +302,8 @@ def _explained(error: Diverged, train: Inputs, run: Run) -> Diverged:
         report = {"what": str(error), "steps": steps, "replay": command, "versions": devices.versions()}
         files.write_json(file, report)
     return Diverged(
-        f"{error}. {file} has the images and the largest gradients of the last steps. To see where the first number "
-        f"that is not finite comes from, do that step again with: {command}",
+        f"{error}. {file} has the images and the largest gradients of the last steps. What leads to it, the same steps "
+        f"with the same images, is done again by: {command}",
         steps,
     )
 

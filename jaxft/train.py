@@ -292,7 +292,9 @@ def fit(
                 continue
             settle()
             if not _all_finite(state.params):  # though the loss was, before the last update
-                raise _diverged("the weights are not finite after the update", step - 1, checkpoints, recent)
+                raise _diverged(
+                    "the weights are not finite after the update of step {step}", step - 1, checkpoints, recent
+                )
             meter.pause()
             if ends_epoch:
                 row = _row(plan, step, step - 1 - first, state, meter)
@@ -314,7 +316,7 @@ def fit(
 def _settle(pending: tuple[Any, int, Any], meter: Meter, recent: Recent, checkpoints: Checkpoints) -> None:
     figures, first, index = jax.device_get(pending)
     if (bad := recent.add(first, figures["loss"], figures.pop("layer_norms", None), index)) is not None:
-        raise _diverged("the loss is not finite", bad, checkpoints, recent)
+        raise _diverged("the loss of step {step} is not finite", bad, checkpoints, recent)
     meter.add(figures)
 
 
@@ -348,7 +350,7 @@ def _diverged(what: str, step: int, checkpoints: Checkpoints, recent: Recent) ->
     checkpoints.wait()
     latest = checkpoints.latest()
     kept = "no checkpoint was saved" if latest is None else f"the checkpoint of step {latest} is intact"
-    return Diverged(f"{what} of step {step}; {kept}. Try a lower learning rate, in another folder", recent.report())
+    return Diverged(f"{what.format(step=step)}; {kept}. Try a lower learning rate, in another folder", recent.report())
 
 
 @jax.jit
