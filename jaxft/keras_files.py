@@ -22,7 +22,7 @@ import h5py
 import ml_dtypes
 import numpy as np
 
-from jaxft import fetch
+from jaxft import fetch, hdf5_probe
 from jaxft.files import write_whole
 
 AUTOMATIC = re.compile(r"(?:convolution2d|conv2d|dense|batchnormalization|batch_normalization|scale)(?:_(\d+))?")
@@ -169,6 +169,8 @@ def read(path: str | os.PathLike[str]) -> KerasFile:
             opened.append(zipfile.ZipFile(path))
             _require_stored(opened[-1].getinfo(_MEMBER).file_size, opened[-1].getinfo(_MEMBER).compress_size, _MEMBER)
             opened.append(opened[-1].open(_MEMBER))
+        if wrong := hdf5_probe.probe(path, _MEMBER if zipped else None):
+            raise OSError(wrong)
         opened.append(h5py.File(opened[-1] if zipped else path, "r"))
         found = _layout(opened[-1])
     except _BROKEN as error:

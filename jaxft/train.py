@@ -262,12 +262,6 @@ def fit(
     recent = Recent(sorted(masking.split(state.params, state.labels)[0]))
     pending: tuple[Any, int, Any] | None = None  # figures that are still being computed, their first step, its images
 
-    def settle() -> None:
-        nonlocal pending
-        if pending is not None:
-            _settle(pending, meter, recent, checkpoints)
-            pending = None
-
     stream = dispatches(step, last)
     with stop_signal() as stop, bar("training", last - first, step - first, unit="steps") as advance:
         while not plan.over(progress.history):
@@ -278,9 +272,9 @@ def fit(
                 meter.resume()
                 state, figures = train_step(state, batch)
                 meter.timed(dispatch.steps)
-                settle()  # while the device computes this one
+                pending = _settle(pending, meter, recent, checkpoints)  # while the device computes this one
             else:
-                settle()
+                pending = _settle(pending, meter, recent, checkpoints)
                 meter.pause()
                 state, figures = _compiled(train_step, state, batch, plan.batch_size)
                 seen.add(dispatch.steps)
@@ -290,7 +284,7 @@ def fit(
             stops = devices.any_process(bool(stop))
             if not (stops or ends_epoch or (plan.save_every and step % plan.save_every == 0)):
                 continue
-            settle()
+            pending = _settle(pending, meter, recent, checkpoints)
             if not _all_finite(state.params):  # though the loss was, before the last update
                 raise _diverged(
                     "the weights are not finite after the update of step {step}", step - 1, checkpoints, recent
@@ -313,11 +307,13 @@ def fit(
     return state
 
 
-def _settle(pending: tuple[Any, int, Any], meter: Meter, recent: Recent, checkpoints: Checkpoints) -> None:
-    figures, first, index = jax.device_get(pending)
-    if (bad := recent.add(first, figures["loss"], figures.pop("layer_norms", None), index)) is not None:
-        raise _diverged("the loss of step {step} is not finite", bad, checkpoints, recent)
-    meter.add(figures)
+def _settle(pending: tuple[Any, int, Any] | None, meter: Meter, recent: Recent, checkpoints: Checkpoints) -> None:
+    """Waits for the figures of steps, and adds them up; raises Diverged where their loss is not finite."""
+    if pending is not None:
+        figures, first, index = jax.device_get(pending)
+        if (bad := recent.add(first, figures["loss"], figures.pop("layer_norms", None), index)) is not None:
+            raise _diverged("the loss of step {step} is not finite", bad, checkpoints, recent)
+        meter.add(figures)
 
 
 def _rescaled(state: TrainState, plan: Plan, progress: Progress) -> TrainState:

@@ -1,0 +1,77 @@
+"""Reads an HDF5 file in a process of its own, with limits.
+
+On some damaged or hostile files the HDF5 library itself falls into an endless loop or a segmentation fault, which no
+exception can catch.
+
+Source: what mutated weight files did to HDF5 1.14 (`tests/attacks/`).
+"""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+SECONDS = 15  # of the processor; whole ImageNet files take less than one
+WAIT = 120  # seconds, on a disk that is slow
+BYTES = 8 * 2**30  # of address space
+OBJECTS = 200_000  # groups and arrays
+
+
+def probe(path: pathlib.Path, member: str | None = None) -> str | None:
+    """What is wrong with a file, or with a member of a zip; None if HDF5 can read it.
+
+    It costs a start of Python with h5py: 0.15 s.
+    """
+    command = [sys.executable, "-I", "-S", __file__, json.dumps(sys.path), str(path), member or ""]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, timeout=WAIT, check=False, encoding="utf-8", errors="replace"
+        )
+    except subprocess.TimeoutExpired:
+        return f"HDF5 comes to no end with it in {WAIT} s"
+    if done.returncode < 0:
+        died_of = signal.Signals(-done.returncode).name
+        endless = died_of in ("SIGXCPU", "SIGKILL")
+        return f"HDF5 comes to no end with it in {SECONDS} s" if endless else f"it makes HDF5 crash ({died_of})"
+    return None if done.returncode == 0 else done.stderr.strip().rpartition("\n")[2][:300] or "HDF5 cannot read it"
+
+
+def _read(path: str, member: str) -> None:
+    """All names, attributes and shapes; and the arrays that are compressed."""
+    import zipfile
+
+    import h5py
+
+    count = 0
+
+    def visit(_name: str, found: h5py.Group | h5py.Dataset) -> None:
+        nonlocal count
+        count += 1
+        if count > OBJECTS:
+            raise ValueError(f"it holds more than {OBJECTS:,} groups and arrays")
+        for key in found.attrs:
+            found.attrs.get(key)
+        if isinstance(found, h5py.Dataset) and found.chunks is not None and found.id.get_storage_size():
+            size = found.size * found.dtype.itemsize
+            if size <= max(64 * 2**20, 100 * found.id.get_storage_size()):  # else `keras_files` refuses it
+                found[()]
+
+    with h5py.File(zipfile.ZipFile(path).open(member) if member else path, "r") as file:
+        visit("/", file)
+        file.visititems(visit)
+
+
+if __name__ == "__main__":
+    sys.path[:] = json.loads(sys.argv[1])
+    try:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
+        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    except (ImportError, OSError, ValueError):  # Windows has no limits, and others may have lower ones
+        pass
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # each takes address space
+    _read(*sys.argv[2:])
