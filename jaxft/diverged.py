@@ -50,8 +50,8 @@ class Recent:
         norms = None if norms is None else np.reshape(norms, (len(losses), -1))
         index = None if index is None else np.reshape(index, (len(losses), -1))
         for place, loss in enumerate(losses.tolist()):
-            own = [None if each is None else each[place] for each in (norms, index)]
-            self._steps.append((first + place, loss, *own))
+            its_norms, its_images = (None if each is None else each[place] for each in (norms, index))
+            self._steps.append((first + place, loss, its_norms, its_images))
             if not math.isfinite(loss):
                 return first + place
         return None

@@ -295,7 +295,7 @@ def _explained(error: Diverged, train: Inputs, run: Run) -> Diverged:
     """The error with a report of it in the run's folder."""
     command, file = diverged.replay(), run.folder / "diverged.json"
     steps = [
-        step | {"images": [train.dataset.names[i] for i in step["images"] if i >= 0]} if "images" in step else step
+        {**step, "images": [train.dataset.names[i] for i in step["images"] if i >= 0]} if "images" in step else step
         for step in error.steps
     ]
     if devices.is_writer():

@@ -13,7 +13,7 @@ processor's speed or less, and 1×1 convolutions at half of it. Here
 - convolutions of images at a stride lay the rows of each window side by side and add up columns,
 - the gradient of any other kernel is a product for each of its taps.
 
-This is for one device: a batch that lies on several is gathered on each of them.
+A batch that lies on several devices stays there; the gradient of a kernel is summed over them once.
 
 All results stay within float32 rounding of the direct sum. The kernels' gradients are nearer to it than XLA's.
 
@@ -130,16 +130,29 @@ def _met(x: jax.Array, size: tuple[int, ...], pads: Pads) -> Planes:
     return [list(map(side_by_side, *row)) for row in zip(planes, _units(size), strict=True)]
 
 
+def _shares(images: int) -> int:
+    """In how many parts a batch lies on devices: their number, if it divides the batch."""
+    devices = jax.device_count()
+    return devices if images % devices == 0 else 1
+
+
 def _chunks(x: jax.Array, pixels: int) -> jax.Array:
-    """x [B, H, W, C] → [chunks, images, H, W, C], where an image counts as so many pixels; x itself if images is 1."""
-    most = CHUNK_PIXELS // pixels
-    images = max(n for n in range(1, max(1, most) + 1) if len(x) % n == 0)
+    """x [B, H, W, C] → [chunks, images, H, W, C], where an image counts as so many pixels; x itself if images is 1.
+
+    Each of several devices has its own images in every chunk, [chunks, devices, images, H, W, C]: a chunk that lies on
+    one device alone would have to be sent to all the others.
+    """
+    shares = _shares(len(x))
+    own, most = len(x) // shares, CHUNK_PIXELS // pixels
+    images = max(n for n in range(1, max(1, most) + 1) if own % n == 0)
+    if shares > 1:
+        return x.reshape(shares, -1, images, *x.shape[1:]).swapaxes(0, 1)
     return x if images == 1 else x.reshape(-1, images, *x.shape[1:])
 
 
 def _chunk(x: jax.Array) -> jax.Array:
     """One of `_chunks` as a batch. An axis of length 1 in `_chunks` would cost copies, as XLA moves it in memory."""
-    return x if x.ndim == 4 else x[None]
+    return x[None] if x.ndim == 3 else x.reshape(-1, *x.shape[-3:])
 
 
 def _by_chunks(function: Callable[[jax.Array], jax.Array], x: jax.Array, pixels: int | None = None) -> jax.Array:
@@ -147,21 +160,24 @@ def _by_chunks(function: Callable[[jax.Array], jax.Array], x: jax.Array, pixels:
 
     def some(x: jax.Array) -> jax.Array:
         y = function(_chunk(x))
-        return y if x.ndim == 4 else y[0]
+        return y.reshape(*x.shape[:-3], *y.shape[1:])
 
     y = lax.map(some, _chunks(x, pixels or math.prod(x.shape[1:3])))
-    return y.reshape(len(x), *y.shape[-3:])
+    return (y.swapaxes(0, 1) if y.ndim == 6 else y).reshape(len(x), *y.shape[-3:])
 
 
 def _sum_by_chunks(function: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, dy: jax.Array) -> jax.Array:
-    """function(x, dy), which is a sum over images, chunk by chunk."""
+    """function(x, dy), which is a sum over images, chunk by chunk; over devices once, at the end."""
     chunks = [_chunks(images, math.prod(dy.shape[1:3])) for images in (x, dy)]
 
     def of(x: jax.Array, dy: jax.Array) -> jax.Array:
+        if x.ndim == 5:
+            return jax.vmap(function)(x, dy)
         return function(_chunk(x), _chunk(dy))
 
     one = jax.eval_shape(of, *(some[0] for some in chunks))
-    return lax.scan(lambda total, some: (total + of(*some), None), jnp.zeros(one.shape, one.dtype), chunks)[0]
+    total = lax.scan(lambda total, some: (total + of(*some), None), jnp.zeros(one.shape, one.dtype), chunks)[0]
+    return total.sum(0) if chunks[0].ndim == 6 else total
 
 
 def _flat(plane: jax.Array) -> jax.Array:
