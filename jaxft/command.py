@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -35,8 +36,9 @@ MORE = f"""\
 Fine-tune pretrained convolutional networks on your own images.
 
 jaxft VERB --help shows the settings of each. For every verb: --config FILE takes settings from a YAML file, of which
-those on the command line are stronger; --debug shows where an error comes from; --version. Exit statuses: 0 done; 1 an
-error; 2 a bad command line; 128 + N stopped by signal N. Shell completion: jaxft --tyro-print-completion bash (or zsh).
+those on the command line are stronger; --debug shows where an error comes from; --version. jaxft finetune --from RUN
+repeats a run, and says whether it ended the same. Exit statuses: 0 done; 1 an error; 2 a bad command line; 128 + N
+stopped by signal N. Shell completion: jaxft --tyro-print-completion bash (or zsh).
 
 {PROCESSES}"""
 
@@ -56,6 +58,7 @@ def run(main: Callable[..., Any] | Mapping[str, Callable[..., Any]]) -> None:
     several.add_argument("--process", type=int)
     several.add_argument("--debug", action="store_true")
     several.add_argument("--config", type=pathlib.Path)
+    several.add_argument("--from", type=pathlib.Path, dest="repeated")
     several.add_argument("--version", action="version", version=f"jaxft {jaxft.__version__}")
     found, rest = several.parse_known_args()
     with exits(found.debug):
@@ -63,7 +66,13 @@ def run(main: Callable[..., Any] | Mapping[str, Callable[..., Any]]) -> None:
         one = main if not isinstance(main, Mapping) else verbs.get(next(iter(rest), ""))
         if one is not None:
             rest = _renamed(one, rest)
-            if found.config is not None:
+            if found.repeated is not None:
+                if found.config is not None:
+                    raise ValueError("--from takes all settings from a run, and --config from a file: give one of them")
+                if "repeats" not in inspect.signature(one).parameters:
+                    raise ValueError("--from RUN is of `jaxft finetune`; other verbs take the run itself")
+                one = repeating(one, found.repeated.expanduser())
+            elif found.config is not None:
                 one = configured(one, found.config.expanduser())
         try:
             devices.initialise(found.coordinator, found.processes, found.process)
@@ -78,14 +87,33 @@ def run(main: Callable[..., Any] | Mapping[str, Callable[..., Any]]) -> None:
             tyro.cli(one, args=rest, description=f"{summary}\n\n{PROCESSES}")
 
 
-def configured(main: Callable[..., Any], file: pathlib.Path) -> Callable[..., Any]:
+def repeating(main: Callable[..., Any], run: pathlib.Path) -> Callable[..., Any]:
+    """`main` with the settings of a run as its defaults, but for its folder: RUN-again.
+
+    Raises:
+        FileNotFoundError: it holds no settings.
+    """
+    if not (run / "settings.yaml").is_file():
+        raise FileNotFoundError(f"{run} holds no settings.yaml; give the folder of a run that `jaxft finetune` made")
+    again = {"folder": f"{run.with_name(run.name + '-again')}", "repeats": str(run)}
+    return configured(main, run / "settings.yaml", again)
+
+
+def configured(
+    main: Callable[..., Any], file: pathlib.Path, changes: Mapping[str, str] = MappingProxyType({})
+) -> Callable[..., Any]:
     """`main` with the settings of a YAML file as its defaults: flag without dashes → value, as `settings.write` does.
+
+    Args:
+        main: the function.
+        file: with the settings.
+        changes: settings in place of those, or beside them.
 
     Raises:
         OSError: the file cannot be read.
         ValueError: it is not such a file, or a setting is not one of `main`.
     """
-    found = settings.read(file)
+    found = settings.read(file) | dict(changes)
     positional = [name for name in ("data",) if name in inspect.signature(main).parameters]
     given = {name for name in positional if name in found}
     words = [str(found.pop(name, "none")) for name in positional]

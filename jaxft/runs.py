@@ -11,13 +11,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
+import jaxft
 from jaxft import devices, files
 from jaxft.checkpoint import FORMAT, differences
 from jaxft.checks import is_int
 from jaxft.data import Inputs
 from jaxft.model import FUNCTIONS, Model
 from jaxft.phase import Phase
-from jaxft.provenance import describe, digest
+from jaxft.provenance import describe, digest, revision
 from jaxft.task import Task
 
 try:
@@ -203,10 +204,43 @@ def _lock(path: pathlib.Path) -> Any:
 
 
 def write_record(folder: pathlib.Path, record: Mapping[str, Any], model: Mapping[str, Any]) -> None:
-    """Writes `config.json`, the run's record with the versions it was made with, and `model.json` for `model.open`."""
+    """Writes `config.json`, the run's record with what it was made with, and `model.json` for `model.open`.
+
+    `code` is the version of jaxft, and the git commits that it and the working folder are at.
+    """
     if devices.is_writer():
-        files.write_json(folder / "config.json", {"format": FORMAT, **record, "versions": devices.versions()})
+        own, here = (revision(path) for path in (pathlib.Path(jaxft.__file__).parent, pathlib.Path.cwd()))
+        made_with = {
+            "versions": devices.versions(),
+            "code": {"jaxft": jaxft.__version__, "jaxft_commit": own, "working_folder_commit": here},
+        }
+        files.write_json(folder / "config.json", {"format": FORMAT, **record, **made_with})
         files.write_json(folder / "model.json", model)
+
+
+def compare(folder: pathlib.Path, other: pathlib.Path) -> list[str]:
+    """What differs between two finished runs, in lines `what: there → here`; empty if they are the same to the byte.
+
+    Compared are the records, the versions, every figure of the history but for the rates of images, and the
+    predictions.
+
+    Raises:
+        FileNotFoundError, ValueError: one of them is not finished, or damaged.
+    """
+    lines = differences(files.read_json(other / "config.json"), files.read_json(folder / "config.json"))
+
+    def history(run: pathlib.Path) -> list[Any]:
+        rows = map(json.loads, (run / "history.jsonl").read_text(encoding="utf-8").splitlines())
+        return [{name: value for name, value in row.items() if name != "images_per_second"} for row in rows]
+
+    theirs, ours = history(other), history(folder)
+    if theirs != ours:
+        rows = zip(theirs, ours, strict=False)
+        row = next((row for row, (left, right) in enumerate(rows, 1) if left != right), min(len(theirs), len(ours)) + 1)
+        lines.append(f"history.jsonl: from row {row} on")
+    if len({(run / "predictions.csv").read_bytes() for run in (other, folder)}) > 1:
+        lines.append("predictions.csv: other bytes")
+    return lines
 
 
 def write_history(folder: pathlib.Path, history: Sequence[Mapping[str, Any]]) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from tyro.conf import OmitArgPrefixes as Flat
 from tyro.conf import Positional
 
-from jaxft import command, devices, files, model, nets, port_weights, pretrained, recipe, settings
+from jaxft import command, devices, files, model, nets, port_weights, pretrained, recipe, runs, settings
 from jaxft.data import check as checking
 from jaxft.data import source as sources
 from jaxft.data.augment import ColorJitter, Warp
@@ -37,6 +37,7 @@ def finetune(
     color: Flat[ColorJitter] = ColorJitter(),
     course: Flat[Course] = Course(),
     run: Flat[Run] = RUN,
+    repeats: pathlib.Path | None = None,
 ) -> None:
     """Fine-tune a pretrained net on your own images.
 
@@ -48,8 +49,11 @@ def finetune(
 
     Args:
         data: the folder, the table, or tfds:NAME.
+        repeats: the folder of a run that this one is compared with at its end; --from RUN sets it, and takes the
+            settings from there.
     """
     given = settings.flattened(locals())
+    del given["repeats"]
     if run.folder == FOLDER:
         run = dataclasses.replace(run, folder=pathlib.Path("runs") / f"{sources.name_of(data)}-{start.net}")
     source = sources.read(data)
@@ -62,6 +66,8 @@ def finetune(
     if not findings:
         devices.say("labels, groups and files show no fault; `jaxft check` looks at the pixels, too")
     _run(plan, run, given)
+    if repeats is not None and devices.is_writer():
+        _compare(run.folder, repeats)
 
 
 def predict(
@@ -321,6 +327,13 @@ def _run(plan: Plan, run: Run, given: Mapping[str, Any]) -> None:
             report.figures("the test part of the data", plan.task.metrics(tested), {"images": f"{len(test):,}"})
         rows = {"weights": trained.source["source"], "look at": run.folder / "report.html"}
         report.result(f"{trained.name} on {dataset.name}", run.folder, rows)
+
+
+def _compare(folder: pathlib.Path, other: pathlib.Path) -> None:
+    if lines := runs.compare(folder, other.expanduser()):
+        devices.say(f"WARNING: {folder} is not what {other} was (there → here):\n  " + "\n  ".join(lines))
+    else:
+        devices.say(f"{folder} is {other} once more: record, history and predictions are the same to the byte")
 
 
 def _write_page(folder: pathlib.Path, opened: model.Model, dataset: Any, predictions: Any, stages: Any) -> None:

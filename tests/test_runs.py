@@ -13,8 +13,10 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from tiny import no_pictures  # noqa: F401
 
-from jaxft import files, model, optim, runs, task
+import jaxft
+from jaxft import files, model, optim, provenance, runs, task
 from jaxft.data import Inputs, augment, mix, order
 from jaxft.phase import Phase
 from jaxft.provenance import describe, digest
@@ -315,3 +317,42 @@ def test_a_folder_has_one_writer(tmp_path):
     assert not (tmp_path / "run" / "lock").exists()
     with runs.only_writer(tmp_path / "run"):
         pass
+
+
+def test_two_runs_are_compared(tmp_path, monkeypatch, no_pictures):  # noqa: F811
+    """Bug: a difference of the record, the versions, a figure or a prediction is not seen; rates of images are one."""
+    for name, options in (("one", {}), ("same", {}), ("other", {"seed": 5})):
+        tiny.run(tmp_path / name, **options)
+    assert runs.compare(tmp_path / "same", tmp_path / "one") == []
+    lines = runs.compare(tmp_path / "other", tmp_path / "one")
+    assert lines == ["seed: 0 → 5", "history.jsonl: from row 1 on", "predictions.csv: other bytes"]
+    saved = files.read_json(tmp_path / "same" / "config.json")
+    assert saved["code"]["jaxft"] == jaxft.__version__
+    files.write_json(tmp_path / "same" / "config.json", saved | {"versions": saved["versions"] | {"jax": "0.1"}})
+    assert runs.compare(tmp_path / "same", tmp_path / "one") == [f"versions.jax: {saved['versions']['jax']} → 0.1"]
+    with pytest.raises(FileNotFoundError):
+        runs.compare(tmp_path / "same", tmp_path / "nothing")
+
+
+def test_the_commit_of_a_folder(tmp_path, monkeypatch):
+    """Bug: a run does not say by which code it was made, or says a commit that the code differs from."""
+    for name in ("GIT_AUTHOR", "GIT_COMMITTER"):
+        monkeypatch.setenv(f"{name}_NAME", "somebody")
+        monkeypatch.setenv(f"{name}_EMAIL", "somebody@example.org")
+    assert provenance.revision(tmp_path) is None
+    (tmp_path / "code.py").write_text("1", encoding="utf-8")
+
+    def git(*words):
+        return subprocess.run(["git", "-C", tmp_path, *words], check=True, capture_output=True, encoding="utf-8").stdout
+
+    git("init", "--quiet")
+    git("add", "code.py")
+    git("commit", "--quiet", "-m", "first")
+    commit = git("rev-parse", "HEAD").strip()
+    assert len(commit) == 40 and provenance.revision(tmp_path) == commit
+    (tmp_path / "notes").write_text("untracked", encoding="utf-8")
+    assert provenance.revision(tmp_path) == commit
+    (tmp_path / "code.py").write_text("2", encoding="utf-8")
+    assert provenance.revision(tmp_path) == f"{commit}+changes"
+    monkeypatch.setenv("PATH", "")
+    assert provenance.revision(tmp_path) is None

@@ -87,6 +87,23 @@ def test_the_settings_repeat_the_run(ran, command, monkeypatch):
     assert "nothing is left to train" in out
 
 
+def test_from_a_run_comes_the_same_run(ran, command, monkeypatch):
+    """Bug: a setting or a seed is not in the record; or nobody looks whether the run was the same."""
+    folder, _ = ran
+    monkeypatch.setenv("JAXFT_CACHE", str(folder / "cache"))
+    status, out, err = command("finetune", "--from", folder / "run")
+    assert status == 0, err
+    assert f"{folder / 'run-again'} is {folder / 'run'} once more: record, history and predictions are the same" in out
+    assert "repeats" not in settings.read(folder / "run-again" / "settings.yaml")
+    for words, message in (
+        (["finetune", "--from", folder], "holds no settings.yaml"),
+        (["finetune", "--from", folder / "run", "--config", "x.yaml"], "give one of them"),
+        (["predict", "--from", folder / "run"], "--from RUN is of `jaxft finetune`"),
+    ):
+        status, _, err = command(*words)
+        assert status == 1 and message in err
+
+
 def test_predict(ran, command, tmp_path):
     """Bug: predictions without names, or in another order than the images."""
     folder, _ = ran
