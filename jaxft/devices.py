@@ -23,6 +23,7 @@ except ImportError:  # Windows has none
 Batch = dict[str, Any]
 Tree = TypeVar("Tree")
 
+SPLIT_BYTES = 2**22  # of an array that `replicate` may share out: a smaller one is not worth the messages
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 REMEDY = (
     "Give every process the same coordinator HOST:PORT (a free port of process 0's machine), the same number of "
@@ -161,37 +162,57 @@ def mesh() -> Mesh:
     return Mesh(np.asarray(sorted(jax.devices(), key=lambda device: (device.process_index, device.id))), ("data",))
 
 
-def replicate(tree: Tree, mesh: Mesh) -> Tree:
+def replicate(tree: Tree, mesh: Mesh, *, split: bool = False) -> Tree:
     """The tree, whole on every device of the mesh; its leaves are arrays and typed keys.
+
+    Args:
+        tree: the same in every process.
+        mesh: from `mesh`.
+        split: share out the leaves of `SPLIT_BYTES` and more over the devices, along their longest axis that divides:
+            the kernels of wide dense layers, and what the optimizer and the average hold of them.
 
     Raises:
         ValueError: the processes hold different values.
     """
-    sharding = NamedSharding(mesh, PartitionSpec())
+
+    def sharding_of(leaf: Any) -> NamedSharding:
+        axes = [axis for axis, length in enumerate(np.shape(leaf)) if length % mesh.size == 0]
+        if not split or not axes or leaf.nbytes < SPLIT_BYTES:
+            return NamedSharding(mesh, PartitionSpec())
+        axis = max(axes, key=lambda axis: leaf.shape[axis])
+        return NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
 
     def is_key(leaf: Any) -> bool:
         return isinstance(leaf, jax.Array) and jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
     leaves, structure = jax.tree.flatten(tree)
+    shardings = [NamedSharding(mesh, PartitionSpec()) if is_key(leaf) else sharding_of(leaf) for leaf in leaves]
     if jax.process_count() == 1:
-        return jax.device_put(tree, sharding)
-    if all(isinstance(leaf, jax.Array) and leaf.sharding == sharding for leaf in leaves):
+        return jax.device_put(tree, structure.unflatten(shardings))
+    here = [not isinstance(leaf, jax.Array) or leaf.sharding != to for leaf, to in zip(leaves, shardings, strict=True)]
+    if not any(here):
         return tree
     # device_put takes no typed key to other processes, and compares every leaf by sending it whole to all of them.
-    local = [np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf) for leaf in leaves]
+    local = [
+        np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf) if is_here else None
+        for leaf, is_here in zip(leaves, here, strict=True)
+    ]
     checksum = 0
     for array in local:
-        checksum = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, checksum)
+        if array is not None:
+            checksum = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data, checksum)
     if len(set(multihost_utils.process_allgather(np.uint32(checksum)).tolist())) > 1:
         raise ValueError(
             "the processes start from different values; give every process the same weight file, seed and folder"
         )
-    placed = [jax.make_array_from_process_local_data(sharding, array, array.shape) for array in local]
-    keys = [jax.random.key_impl(leaf) if is_key(leaf) else None for leaf in leaves]
-    return structure.unflatten(
-        jax.random.wrap_key_data(array, impl=impl) if impl is not None else array
-        for array, impl in zip(placed, keys, strict=True)
-    )
+
+    def placed(leaf: Any, array: np.ndarray | None, to: NamedSharding) -> Any:
+        if array is None:
+            return leaf
+        found = jax.make_array_from_callback(array.shape, to, array.__getitem__)
+        return jax.random.wrap_key_data(found, impl=jax.random.key_impl(leaf)) if is_key(leaf) else found
+
+    return structure.unflatten(map(placed, leaves, local, shardings))
 
 
 def shard(batch: Mapping[str, Any], mesh: Mesh, *, stacked: bool = False) -> Batch:

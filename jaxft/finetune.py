@@ -258,8 +258,9 @@ def _start(
 ) -> TrainState:
     """The state before the next step: of the phase before, of the last checkpoint, or of the model."""
     if state is not None:
-        return devices.replicate(train_state.next_phase(state, net, phase), mesh)
-    state = devices.replicate(train_state.create(net, goal.variables, phase, seed=run.seed), mesh)
+        return devices.replicate(train_state.next_phase(state, net, phase), mesh, split=run.split_state)
+    state = train_state.create(net, goal.variables, phase, seed=run.seed)
+    state = devices.replicate(state, mesh, split=run.split_state)
     if checkpoints.latest() is not None:
         return checkpoints.restore(state)
     checkpoints.require_room(state, LAST + 2)  # with the best, and the one being written

@@ -20,6 +20,7 @@ from jaxft.data import Inputs, augment, folds, mix, order
 from jaxft.data.augment import ColorJitter, Warp
 from jaxft.data.dataset import Dataset
 from jaxft.data.decode import Decode
+from jaxft.data.readable import leave_out
 from jaxft.data.source import Source, read
 from jaxft.masking import TRAINABLE
 from jaxft.model import Model, load
@@ -88,6 +89,8 @@ class Batches:
         mixup: alpha of mixup; 0 mixes nothing.
         cutmix: alpha of cutmix; 0 mixes nothing.
         balance: none; sample (each class equally often); weights (each class the same part in the loss).
+        corrupt: largest share of images that cannot be decoded, which are left out and named; at 0 the first one ends
+            the run.
     """
 
     image_size: int | None = None
@@ -96,6 +99,7 @@ class Batches:
     mixup: float = 0.0
     cutmix: float = 0.0
     balance: Literal["none", "sample", "weights"] = "none"
+    corrupt: float = 0.0
 
     def __post_init__(self):
         for flag, value in (("--image-size", self.image_size), ("--batch-size", self.batch_size)):
@@ -390,6 +394,7 @@ def plan(
         ValueError: what was asked for does not fit together, or does not fit into memory.
         FileNotFoundError, fetch.Unavailable: the weights cannot be had.
     """
+    source = dataclasses.replace(source, dataset=leave_out(source.dataset, decode, batches.corrupt))
     spec, division = nets.spec(start.net), divide(source, split, seed)
     task, side = task_of(source.dataset, course), batches.image_size or spec.native_size[0]
     model = model_of(start, len(source.dataset.classes), decode.channels, seed)
@@ -422,6 +427,7 @@ def judged(file: pathlib.Path, data: str | None, model: Model) -> tuple[Source, 
         return source, np.arange(len(source.dataset))
     found = settings.read(file)
     source = read(data or found["data"], classes=model.classes, target=target)
+    source = dataclasses.replace(source, dataset=leave_out(source.dataset, model.decode, found.get("corrupt", 0.0)))
     split = Split(**{field.name: found[field.name] for field in dataclasses.fields(Split)})
     return source, divide(source, split, found["seed"]).held_out
 

@@ -39,6 +39,8 @@ class Run:
             time. It changes no loss. Inputs must repeat: no augmentation or fixed views, and no mixing.
         keep: which state the run ends with and is judged by: "best" on the task's monitored value, or "last".
         watch: who else is told of each epoch: tensorboard, wandb, mlflow. It changes no result.
+        split_state: share out large parameters over the devices, with their momentum and average, where each holds a
+            copy else. For nets with wide dense layers; it changes results by rounding alone.
 
     Raises:
         ValueError: a field out of its range.
@@ -50,6 +52,7 @@ class Run:
     cache_features: Literal["auto", "on", "off"] = "auto"
     keep: Literal["best", "last"] = "best"
     watch: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
+    split_state: bool = False
 
     def __post_init__(self):
         if not isinstance(self.folder, str | pathlib.PurePath):

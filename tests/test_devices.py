@@ -69,7 +69,7 @@ print("RESULT", json.dumps({
 """
 
 
-def programs(program, arguments, environment, devices_each=1, environments=({}, {})):
+def programs(program, arguments, environment, devices_each=1, environments=({},) * 4, killed=False):
     """What a program prints after RESULT in each of the processes that these arguments start at once."""
     options = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)} | environment
     options["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices_each}"
@@ -90,7 +90,9 @@ def programs(program, arguments, environment, devices_each=1, environments=({}, 
         for process in running:
             process.kill()
     for process, (_, errors) in zip(running, said, strict=True):
-        assert process.returncode == 0, errors
+        assert (process.returncode < 0) == killed and (killed or process.returncode == 0), errors
+    if killed:
+        return []
     return [json.loads(out.split("RESULT ")[1]) for out, _ in said]
 
 
@@ -309,8 +311,9 @@ def test_every_module_imports_where_posix_modules_are_missing():
 
 
 RUN = """
-import json, os, signal, sys
+import json, os, signal, sys, time
 from jaxft import devices
+devices.SPLIT_BYTES = 64
 folder, flags = sys.argv[1], json.loads(sys.argv[2])
 devices.initialise(*flags)
 import numpy as np, tiny
@@ -325,6 +328,9 @@ from jaxft.train import Stopped
 def in_order(dataset, indices, seed, epoch):
     if epoch == 1 and os.environ["STOP"] == str(devices.process()[0]):
         os.kill(os.getpid(), signal.SIGTERM)
+    if epoch == 1 and os.environ["STOP"] == "killed":
+        time.sleep(1)  # the checkpoint of the epoch before is written meanwhile
+        os.kill(os.getpid(), signal.SIGKILL)
     return order.shuffled(dataset, indices, seed, epoch)
 
 whole = tiny.batch(0, size=44)
@@ -335,8 +341,9 @@ train = Inputs(data, np.arange(32), (8, 8), 8, augment=augment.Warp(rotation=5.0
 held_out = Inputs(data, np.arange(32, 44), (8, 8), 8)
 phases = [Phase(1, optim.Constant(0.1), frozen="all-but-head"), Phase(2, optim.Constant(0.05), average=0.9)]
 model = Model(net, tiny.variables(net), "torch")
+run = Run(folder, split_state="SPLIT" in os.environ)
 try:
-    _, found = finetune(model, task.classification(), train, held_out, phases, Run(folder))
+    _, found = finetune(model, task.classification(), train, held_out, phases, run)
 except Stopped as stopped:
     print("RESULT", json.dumps({"stopped": str(stopped).partition(";")[2]}))
 else:
@@ -362,6 +369,36 @@ def test_a_whole_run_of_two_processes(port, tmp_path):
         rows = csv.DictReader((tmp_path / name / "history.csv").read_text(encoding="utf-8").splitlines())
         assert [(row["epoch"], row["step"]) for row in rows] == [("1", "4"), ("2", "8"), ("3", "12")]
     assert not [path for path in (tmp_path / "both").rglob("*") if path.name.endswith((".part", "probe"))]
+
+
+def test_a_run_goes_on_in_other_numbers_of_processes(tmp_path):
+    """Bug: a checkpoint is of so many processes or devices; or shared-out parameters are saved in part."""
+    environment = {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "JAXFT_CACHE": str(tmp_path / "cache"),
+    }
+
+    def run(folder, count, devices_each, **variables):
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            where = f"localhost:{taken.getsockname()[1]}"
+        flags = [[where, count, index] if count > 1 else [] for index in range(count)]
+        arguments = [[tmp_path / folder, json.dumps(each)] for each in flags]
+        killed = variables["STOP"] == "killed"
+        return programs(RUN, arguments, environment | variables, devices_each, killed=killed)
+
+    (alone,) = run("alone", 1, 1, STOP="none")
+    run("many", 4, 1, STOP="killed", SPLIT="1")
+    kept = [path.name for path in (tmp_path / "many" / "checkpoints").glob("*.sha256")]
+    assert kept == ["4.sha256"]
+    stopped = run("many", 2, 2, STOP="1", SPLIT="1")
+    assert stopped[0] == stopped[1] and "is saved" in stopped[0]["stopped"]
+    (together,) = run("many", 1, 8, STOP="none")
+    assert together["index"] == list(range(32, 44))
+    np.testing.assert_allclose(together["outputs"], alone["outputs"], rtol=1e-5)
+    lines = [csv.DictReader((tmp_path / x / "history.csv").read_text("utf-8").splitlines()) for x in ("alone", "many")]
+    for one, many in zip(*lines, strict=True):
+        assert float(many["train_loss"]) == pytest.approx(float(one["train_loss"]), rel=1e-5)
 
 
 KERNELS = """
