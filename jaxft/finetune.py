@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxft import devices, diverged, feed, fetch, files, masking, report, runs, train_state, watch
+from jaxft import devices, diverged, feed, fetch, files, masking, memory, report, runs, train_state, watch
 from jaxft import task as tasks
 from jaxft.checkpoint import LAST, Checkpoints
 from jaxft.data import Inputs, decode, overlap
@@ -22,7 +22,7 @@ from jaxft.phase import Phase
 from jaxft.predict import Predictions
 from jaxft.runs import Run
 from jaxft.task import Task
-from jaxft.train import Plan, Progress, fit, judged
+from jaxft.train import OutOfMemory, Plan, Progress, fit, judged
 from jaxft.train_state import TrainState
 
 SHOWN = 320  # pixels of the longer side of the images in the pictures of a run
@@ -100,6 +100,8 @@ def finetune(
                     kept = _train(goal, nets, (train, held_out), phases, run, checkpoints, progress, tell)
                 except Diverged as error:
                     raise _explained(error, train, run) from error
+                except OutOfMemory as error:
+                    raise _fitting(error, goal, task, train, phases[progress.phase]) from error
             ended, predictions, row, which = _end(goal, nets, held_out, run, checkpoints, progress, kept)
         if devices.is_writer():
             report.write_predictions(run.folder / "predictions.csv", predictions, held_out.dataset)
@@ -307,6 +309,15 @@ def _explained(error: Diverged, train: Inputs, run: Run) -> Diverged:
         f"with the same images, is done again by: {command}",
         steps,
     )
+
+
+def _fitting(error: OutOfMemory, goal: Model, task: Task, train: Inputs, phase: Phase) -> OutOfMemory:
+    """The error with the largest batch that fits, by estimate."""
+    try:
+        size = memory.largest_batch(goal, task, phase, train, max(jax.device_count(), train.batch_size // 2))
+    except ValueError as too_large:
+        return OutOfMemory(f"{error}; by estimate, {too_large}")
+    return OutOfMemory(f"{error}; by estimate a batch of {size} fits")
 
 
 def _pictures(

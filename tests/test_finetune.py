@@ -21,7 +21,7 @@ import tiny
 from PIL import Image
 from tiny import cache, kept_programs, no_pictures  # noqa: F401
 
-from jaxft import finetune, model, optim, task, train
+from jaxft import finetune, memory, model, optim, task, train
 from jaxft.checkpoint import CheckpointError, Checkpoints
 from jaxft.data import Inputs, augment, loader, mix, order
 from jaxft.phase import Phase
@@ -810,6 +810,20 @@ def test_what_lies_beside_the_checkpoints_may_be_damaged(tmp_path, content):
         assert read_json(tmp_path / "run" / name)
     assert len(tiny.history(tmp_path / "run")) == 2 and before
     assert model.open(tmp_path / "run", net=tiny.Tiny()).classes == tiny.CLASSES
+
+
+@quick
+@pytest.mark.parametrize(("free", "words"), [(2**33, "a batch of 4 fits"), (2**20, "GiB can be had; take smaller")])
+def test_a_step_that_does_not_fit_says_which_batch_does(tmp_path, monkeypatch, free, words):
+    """Bug: the user halves the batch until it fits, or is told a number that does not fit either."""
+
+    def full(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes")
+
+    monkeypatch.setattr(train, "make_train_step", lambda *args, **options: full)
+    monkeypatch.setattr(memory, "free_bytes", lambda: free)
+    with pytest.raises(train.OutOfMemory, match=f"a step of 8 images does not fit .*by estimate.*{words}"):
+        tiny.run(tmp_path / "run", [ONE])
 
 
 @quick

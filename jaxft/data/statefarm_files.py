@@ -160,7 +160,7 @@ def _zip_members(path: Path) -> dict[str, _File]:
                 return archive.read(info)
             # RuntimeError: encrypted; NotImplementedError, its subclass: an unknown compression; OSError: a place that
             # is not in the file.
-            except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, OSError) as err:
+            except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, OSError, ValueError) as err:
                 raise ValueError(f"{info.filename} in {path} cannot be read ({err}); download it again") from err
 
         return read
