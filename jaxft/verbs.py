@@ -61,7 +61,7 @@ def finetune(
     given |= {"data": _absolute(data), "folder": str(run.folder)}
     given |= {"image-size": plan.train.image_size[0], "batch-size": plan.train.batch_size}
     _tell(plan, run)
-    findings = checking.examine(plan.source, plan.train.indices, plan.held_out.indices, brief=True)
+    findings = checking.examine(source, plan.train.indices, plan.held_out.indices, brief=True)
     _show_findings(findings)
     if not findings:
         devices.say("labels, groups and files show no fault; `jaxft check` looks at the pixels, too")
