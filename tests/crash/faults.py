@@ -259,7 +259,13 @@ def mutate(what: str) -> None:
     if what == "sync":
         os.fsync = lambda _: None
     elif what == "rename":
-        files.write_whole = lambda path, write: write(path)
+
+        def in_place(path: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> None:
+            write(part := path.with_name("part"))
+            path.write_bytes(part.read_bytes())
+            part.unlink()
+
+        files.write_whole = in_place
 
 
 def main() -> int:
