@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 from tiny import cache, kept_programs, no_pictures  # noqa: F401
 
-from jaxft import model, verbs
+from jaxft import command, model, recipe, verbs
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -72,6 +72,43 @@ def test_settings_are_settings(text, monkeypatch, tmp_path):
     assert yaml.safe_load(text)
     (tmp_path / "file.yaml").write_text(text, encoding="utf-8")
     command.configured(verbs.finetune, tmp_path / "file.yaml")
+
+
+def launches():
+    """The commands of job scripts, in which lines that end in a backslash, and folded lines of YAML, are one."""
+    found = []
+    for param in (*blocks("sh"), *blocks("yml")):
+        (text,) = param.values
+        joined = re.sub(r" *\\\\?\n +(?=--)", " ", text)
+        lines = re.findall(r"jaxft finetune .*", joined)
+        found += [pytest.param(line, id=f"{param.id} {number}") for number, line in enumerate(lines)]
+    return found
+
+
+@pytest.mark.parametrize("line", launches())
+def test_a_launch_is_one(line, monkeypatch):
+    """Bug: a job script of the pages starts nothing, or does not tell the processes of each other."""
+    joined, called = [], []
+
+    def finetune(data: verbs.Positional[str], start: verbs.Flat[recipe.Start], batches: verbs.Flat[recipe.Batches],
+                 run: verbs.Flat[verbs.Run] = verbs.RUN) -> None:  # fmt: skip
+        called.append((data, batches.batch_size, run.folder.name))
+
+    monkeypatch.setattr(command.devices, "initialise", lambda *words: joined.append(words))
+    monkeypatch.setattr(verbs, "finetune", finetune)
+    monkeypatch.setattr(sys, "argv", shlex.split(line.replace("$JOB_COMPLETION_INDEX", "1")))
+    verbs.main()
+    assert called and called[0][1:] == (256, "photos")
+    assert joined[0] in ((None, None, None), ("photos-workers-0-0.photos:3389", 2, 1))
+
+
+def test_the_manifest_is_yaml():
+    """Bug: Kubernetes refuses the manifest, or each pod runs another number of processes."""
+    (param,) = blocks("yml")
+    job = yaml.safe_load(param.values[0])["spec"]["replicatedJobs"][0]["template"]["spec"]
+    assert job["completions"] == job["parallelism"] == 2 and job["completionMode"] == "Indexed"
+    (argument,) = job["template"]["spec"]["containers"][0]["args"]
+    assert "--processes 2" in argument and argument.startswith("exec jaxft finetune")
 
 
 def pages_with_python():
