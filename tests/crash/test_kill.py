@@ -24,10 +24,10 @@ def kill(tmp_path, *words):
 
 def test_runs_that_are_killed_end_as_those_that_are_not(tmp_path):
     """Bug: a kill at some moment loses an update, repeats one, or leaves what cannot be gone on from."""
-    status, chains, said = kill(tmp_path, "--kinds", "cached", "phases", "--kills", "12")
+    status, chains, said = kill(tmp_path, "--kinds", "cached", "phases", "--kills", "8")
     assert status == 0, said
     assert {chain["kind"] for chain in chains} == {"cached", "phases"}
-    assert sum(len(chain["kills"]) for chain in chains) >= 12 and not any(chain["wrong"] for chain in chains)
+    assert sum(len(chain["kills"]) for chain in chains) >= 8 and not any(chain["wrong"] for chain in chains)
 
 
 @pytest.mark.slow
