@@ -94,11 +94,10 @@ class Checkpoints:
             cleanup_tmp_directories=record is not None,
             create=record is not None,
         )
-        if record is not None:
-            _hush()
         arrays = {name: ocp.StandardCheckpointHandler() for name in ("variables", "average", "optimizer")}
         handlers = {**arrays, "run": ocp.JsonCheckpointHandler()}
         if record is not None:
+            _hush()
             self._set_damaged_aside()
         self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
         latest = self.latest()
@@ -272,16 +271,16 @@ class Checkpoints:
 
     def _require_this_format(self) -> None:
         for step in reversed(self._named()):
-            found = self._format(step)
+            found = self._said(step).get("format")
             if found is not None and found != FORMAT and not self._sealed(step).exists():
                 raise CheckpointError(f"the checkpoint of step {step} in {self.folder} {_earlier(found, step)}")
 
-    def _format(self, step: int) -> int | None:
-        """The number that a checkpoint says, whole or not; None if it says none."""
+    def _said(self, step: int) -> dict[str, Any]:
+        """The JSON values of a checkpoint, whole or not, of format 1 if they say none; {} if they cannot be read."""
         try:
-            return json.loads((self.folder / str(step) / "run" / "metadata").read_bytes()).get("format", 1)
-        except (OSError, ValueError, AttributeError):
-            return None
+            return {"format": 1} | json.loads((self.folder / str(step) / "run" / "metadata").read_bytes())
+        except (OSError, ValueError, TypeError):
+            return {}
 
     def run(self, step: int | None = None) -> dict[str, Any]:
         """{"record", "progress", "best"} of the checkpoint of `step`, by default the latest.
@@ -294,9 +293,12 @@ class Checkpoints:
             self._require_this_format()
             raise CheckpointError(f"{self.folder} holds no checkpoint")
         self.check(step)
-        if (found := self._format(step)) != FORMAT:
-            raise CheckpointError(f"the checkpoint of step {step} in {self.folder} {_earlier(found, step)}")
-        return self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))["run"]
+        found = self._said(step)
+        if found.get("format") != FORMAT:
+            raise CheckpointError(
+                f"the checkpoint of step {step} in {self.folder} {_earlier(found.get('format'), step)}"
+            )
+        return found
 
     def restore(self, template: TrainState, step: int | None = None) -> TrainState:
         """The state saved at `step` (the latest by default), laid out on devices as `template` is.

@@ -11,7 +11,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -100,7 +99,7 @@ def repeating(main: Callable[..., Any], run: pathlib.Path) -> Callable[..., Any]
 
 
 def configured(
-    main: Callable[..., Any], file: pathlib.Path, changes: Mapping[str, str] = MappingProxyType({})
+    main: Callable[..., Any], file: pathlib.Path, changes: Mapping[str, str] | None = None
 ) -> Callable[..., Any]:
     """`main` with the settings of a YAML file as its defaults: flag without dashes → value, as `settings.write` does.
 
@@ -113,7 +112,7 @@ def configured(
         OSError: the file cannot be read.
         ValueError: it is not such a file, or a setting is not one of `main`.
     """
-    found = settings.read(file) | dict(changes)
+    found = settings.read(file) | dict(changes or {})
     positional = [name for name in ("data",) if name in inspect.signature(main).parameters]
     given = {name for name in positional if name in found}
     words = [str(found.pop(name, "none")) for name in positional]

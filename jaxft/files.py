@@ -20,8 +20,7 @@ def write_whole(path: pathlib.Path, write: Callable[[pathlib.Path], Any]) -> Non
     partial = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
     try:
         write(partial)
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())  # or a power cut could leave the new name on an empty file
+        sync(partial)  # or a power cut could leave the new name on an empty file
         os.replace(partial, path)
         sync(path.parent)
     except OSError as error:  # which names no file where a write fails, and else the partial one
@@ -44,9 +43,9 @@ def force_to_disk(folder: pathlib.Path) -> None:
 
 def sync(path: pathlib.Path) -> None:
     """Waits until a file or, where the system can, a folder is on the disk as it is now."""
-    if os.name == "nt":  # which opens no folder, and syncs no file that is open to read
+    if os.name == "nt" and path.is_dir():  # Windows opens no folder
         return
-    handle = os.open(path, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # nor syncs what is open to read
     try:
         os.fsync(handle)
     finally:

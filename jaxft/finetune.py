@@ -224,7 +224,8 @@ def _train(
             continue
         if sides is None:
             sides = feed.decode(*inputs)
-            runs.write_record(run.folder, record=checkpoints.record or {}, model=goal.trained(run.keep))
+            if checkpoints.latest() is None:  # else it was written as the run went on
+                runs.write_record(run.folder, record=checkpoints.record or {}, model=goal.trained(run.keep))
         if number > progress.phase:
             progress.phase, progress.sums = number, {}
         progress.frozen = sorted(net.frozen)

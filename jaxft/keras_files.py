@@ -34,7 +34,6 @@ _BFLOAT16 = np.dtype("V2")  # what h5py makes of it; no other two bytes are in a
 # Limits, looked at before anything is read. The largest file of the zoo has 700 layers in groups four deep.
 _MAX_GROUPS = 20_000  # visited: hard links can make 2**40 paths of a few groups
 _MAX_NAMES = 1_000  # attributes of names: Keras 2 splits at 64 kB, and each is looked up among all the others
-_RATIO, _FREE_BYTES = 100, 64 * 2**20  # read for each byte stored, beyond a size that harms nobody
 # What h5py, zipfile and the decompressors raise on bad files, beside ValueError.
 _BROKEN = (
     *(OSError, LookupError, RuntimeError, TypeError, AttributeError, ArithmeticError, MemoryError, EOFError),
@@ -271,7 +270,7 @@ def _child(group: Any, path: str) -> Any:
 
 
 def _require_stored(size: int, stored: int, name: Any) -> None:
-    if size > _FREE_BYTES and size > _RATIO * stored:
+    if not hdf5_probe.is_stored(size, stored):
         raise ValueError(f"{name} would be {size:,} bytes when read, of {stored:,} that are stored; weights are not so")
 
 

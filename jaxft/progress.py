@@ -2,17 +2,21 @@
 
 import io
 import math
+import os
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from rich import progress
 from rich.console import Console
 from rich.text import Text
+
+Found = TypeVar("Found")
 
 WINDOW = 30.0  # seconds of work whose mean is the rate shown
 FEWEST = 10  # samples that stay in the window, however old
@@ -208,3 +212,13 @@ def bar(description: str, total: float | None, done: float = 0, unit: str = "ima
         yield lambda n, note="", /, *, timed=True: _DISPLAY.advance(row, pace, n, note, timed)
     finally:
         _DISPLAY.remove(row, pace)
+
+
+def each(description: str, function: Callable[[int], Found], count: int) -> list[Found]:
+    """function(0), function(1), … of so many, on up to eight threads, with a bar."""
+    found = []
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool, bar(description, count) as advance:
+        for one in pool.map(function, range(count)):
+            found.append(one)
+            advance(1)
+    return found

@@ -18,17 +18,15 @@ import numpy as np
 def revision(folder: pathlib.Path) -> str | None:
     """The git commit that a folder is at, with "+changes" where tracked files differ from it; None outside of git."""
 
-    def git(*words: str) -> str | None:
-        # Without a monitor of files, which a repository could name a program for.
-        command = ["git", "-C", str(folder), "-c", "core.fsmonitor=false", *words]
-        try:
-            done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=10, check=False)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    commit = git("rev-parse", "HEAD")
-    return f"{commit}+changes" if commit and git("status", "--porcelain", "--untracked-files=no") else commit
+    # Without a monitor of files, which a repository could name a program for, and without names of tags.
+    words = ["-c", "core.fsmonitor=false", "describe", "--always", "--abbrev=40", "--dirty=+changes", "--exclude=*"]
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *words], capture_output=True, encoding="utf-8", timeout=10, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def describe(value: Any, within: tuple[int, ...] = ()) -> Any:

@@ -286,9 +286,7 @@ def fit(
                 continue
             pending = _settle(pending, meter, recent, checkpoints)
             if not _all_finite(state.params):  # though the loss was, before the last update
-                raise _diverged(
-                    "the weights are not finite after the update of step {step}", step - 1, checkpoints, recent
-                )
+                raise _diverged(f"the weights are not finite after the update of step {step - 1}", checkpoints, recent)
             meter.pause()
             if ends_epoch:
                 row = _row(plan, step, step - 1 - first, state, meter)
@@ -312,7 +310,7 @@ def _settle(pending: tuple[Any, int, Any] | None, meter: Meter, recent: Recent, 
     if pending is not None:
         figures, first, index = jax.device_get(pending)
         if (bad := recent.add(first, figures["loss"], figures.pop("layer_norms", None), index)) is not None:
-            raise _diverged("the loss of step {step} is not finite", bad, checkpoints, recent)
+            raise _diverged(f"the loss of step {bad} is not finite", checkpoints, recent)
         meter.add(figures)
 
 
@@ -342,11 +340,11 @@ def _compiled(train_step: TrainStep, state: TrainState, batch: Batch, batch_size
     return state, figures
 
 
-def _diverged(what: str, step: int, checkpoints: Checkpoints, recent: Recent) -> Diverged:
+def _diverged(what: str, checkpoints: Checkpoints, recent: Recent) -> Diverged:
     checkpoints.wait()
     latest = checkpoints.latest()
     kept = "no checkpoint was saved" if latest is None else f"the checkpoint of step {latest} is intact"
-    return Diverged(f"{what.format(step=step)}; {kept}. Try a lower learning rate, in another folder", recent.report())
+    return Diverged(f"{what}; {kept}. Try a lower learning rate, in another folder", recent.report())
 
 
 @jax.jit

@@ -1,6 +1,7 @@
 """A server on this machine that misbehaves as real ones do, and wheels for pip to find."""
 
 import re
+import socket
 import threading
 import time
 import zipfile
@@ -30,6 +31,13 @@ class Served:
         self.status: int | None = None
         self.asked: list[tuple[str | None, int, int]] = []
         self.url = ""
+
+
+def free_port() -> int:
+    """A port of this machine at which nobody listens."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
 
 
 @contextmanager

@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import pathlib
-import socket
 import subprocess
 import sys
 import textwrap
@@ -15,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import served
 
 from jaxft import devices
 
@@ -103,9 +103,7 @@ def run_two(flags, environments, devices_each=1):
 
 @pytest.fixture
 def port():
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return taken.getsockname()[1]
+    return served.free_port()
 
 
 def test_two_processes_are_one_run(port):
@@ -379,9 +377,7 @@ def test_a_run_goes_on_in_other_numbers_of_processes(tmp_path):
     }
 
     def run(folder, count, devices_each, **variables):
-        with socket.socket() as taken:
-            taken.bind(("127.0.0.1", 0))
-            where = f"localhost:{taken.getsockname()[1]}"
+        where = f"localhost:{served.free_port()}"
         flags = [[where, count, index] if count > 1 else [] for index in range(count)]
         arguments = [[tmp_path / folder, json.dumps(each)] for each in flags]
         killed = variables["STOP"] == "killed"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from served import Served, serve, wheel
+from served import Served, free_port, serve, wheel
 
 from jaxft import fetch
 
@@ -26,9 +26,7 @@ def served():
 
 @pytest.fixture
 def dead_url() -> str:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{taken.getsockname()[1]}/weights.h5"
+    return f"http://127.0.0.1:{free_port()}/weights.h5"
 
 
 @pytest.fixture

@@ -2,12 +2,12 @@
 
 import dataclasses
 import io
-import socket
 import threading
 import time
 
 import numpy as np
 import pytest
+import served
 import tiny
 from PIL import Image
 
@@ -94,9 +94,7 @@ def test_a_real_server(monkeypatch):
         server.run()
 
     monkeypatch.setattr(uvicorn, "run", run)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = served.free_port()
     thread = threading.Thread(target=serve.serve, args=(trained(),), kwargs={"port": port})
     thread.start()
     while not (seen.get("server") and seen["server"].started):

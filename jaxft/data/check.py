@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from jaxft import progress
 from jaxft.data import decode
 from jaxft.data.dataset import Dataset
 from jaxft.data.source import Source
-from jaxft.progress import bar
 
 FEW = 5  # images of a class, below which it is reported
 RARE = 20  # times fewer images than the most frequent class has
@@ -98,15 +98,10 @@ def _looks(dataset: Dataset, brief: bool) -> list[_Look]:
         except ValueError as error:
             return _Look(str(error).removeprefix(f"image {name} "), size, mode)
 
+    if not brief:
+        return progress.each("checking", look, len(dataset))
     with concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
-        if brief:
-            return list(pool.map(look, range(len(dataset))))
-        found = []
-        with bar("checking", len(dataset)) as advance:
-            for one in pool.map(look, range(len(dataset))):
-                found.append(one)
-                advance(1)
-    return found
+        return list(pool.map(look, range(len(dataset))))
 
 
 def _traits(image: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:

@@ -1,17 +1,14 @@
 """Images that cannot be decoded, left out of a dataset where its owner allows a share of them."""
 
-import concurrent.futures
 import dataclasses
-import os
 from typing import Any
 
 import numpy as np
 
-from jaxft import devices
+from jaxft import devices, progress
 from jaxft.checks import check_real
 from jaxft.data.dataset import Dataset, Images
 from jaxft.data.decode import Decode, thumbnail
-from jaxft.progress import bar
 
 NAMED = 5  # of those that are left out
 
@@ -54,11 +51,8 @@ def leave_out(dataset: Dataset, decode: Decode, share: float) -> Dataset:
             return str(error)
         return ""
 
-    bad: dict[int, str] = {}
-    with concurrent.futures.ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool, bar("reading", len(dataset)) as go:
-        for index, reason in enumerate(pool.map(wrong, range(len(dataset)))):
-            bad |= {index: reason} if reason else {}
-            go(1)
+    reasons = progress.each("reading", wrong, len(dataset))
+    bad = {index: reason for index, reason in enumerate(reasons) if reason}
     if not bad:
         return dataset
     found = f"{len(bad):,} of {len(dataset):,} images cannot be decoded"

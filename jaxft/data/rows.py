@@ -87,11 +87,17 @@ class Rows:
         """
         with ExitStack() as alone:
             with _own():
-                blocks = self._verified()
-                if _rows(blocks) < len(self.indices):  # a whole one wants no lock, and may lie on a disk without writes
+                # A whole one wants no lock, and may lie on a disk that takes no writes.
+                there = self._blocks()
+                blocks = self._verified(there) if _rows(there) == len(self.indices) else []
+                if _rows(blocks) < len(self.indices):
                     self.folder.mkdir(parents=True, exist_ok=True)
                     alone.enter_context(fetch.sole_writer(self.file))
-                    blocks = self._verified()
+                    there = self._blocks()
+                    blocks = self._verified(there)
+            if len(blocks) < len(there):
+                place = f"block {len(blocks) + 1} of {len(there)}"
+                print(f"{self.file}: {place} is damaged; it and what follows is computed again")
             done = _rows(blocks)
             if done < len(self.indices):
                 if reason := no_room([self]):
@@ -132,17 +138,13 @@ class Rows:
             print(f"{self.manifest} is damaged; all of it is computed again", flush=True)
             return []
 
-    def _verified(self) -> list[tuple[int, int]]:
-        """The first blocks of the file, as far as they are what the manifest says."""
-        blocks = self._blocks()
+    def _verified(self, blocks: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """The first of some blocks of the manifest, as far as the file holds what they say."""
         if not blocks:
             return []
         with self.file.open("rb") as file:
             for i, (rows, crc) in enumerate(blocks):
                 if zlib.crc32(file.read(rows * self.row_bytes)) != crc:
-                    print(
-                        f"{self.file}: block {i + 1} of {len(blocks)} is damaged; it and what follows is computed again"
-                    )
                     return blocks[:i]
         return blocks
 

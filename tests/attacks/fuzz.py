@@ -32,7 +32,6 @@ def child(reader: str, corpus: pathlib.Path, out: pathlib.Path, seconds: int) ->
     seen: set[str] = set()
 
     def one(content: bytes) -> None:
-        (folder / "last").write_bytes(content)
         try:
             readers.attack(reader, content, folder)
         except BaseException as error:  # noqa: BLE001 - whatever it is, it is a finding

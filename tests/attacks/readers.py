@@ -4,7 +4,7 @@ import contextlib
 import pathlib
 from collections.abc import Callable
 
-from jaxft import files, keras_files, model, settings
+from jaxft import keras_files, model, settings
 from jaxft.checkpoint import CheckpointError
 from jaxft.data import cifar10, decode, statefarm_files, table
 
@@ -56,11 +56,6 @@ def tar_of_images(file: pathlib.Path) -> None:
     """A tar in place of CIFAR-10's."""
     for _ in cifar10.read(file, cifar10.FILES["test"]):
         pass
-
-
-def json_file(file: pathlib.Path) -> None:
-    """A JSON file of a run."""
-    files.read_json(file)
 
 
 READERS: dict[str, tuple[Callable[[pathlib.Path], None], str]] = {

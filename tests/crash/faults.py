@@ -10,14 +10,13 @@ import argparse
 import collections
 import ctypes
 import errno
-import json
 import os
 import pathlib
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any
 
@@ -200,30 +199,24 @@ def cut_power(before: dict[str, int], operations: list[list[str]]) -> None:
 
 def checked(target: Any, folders: list[tuple[pathlib.Path, bool]]) -> list[str]:
     """What is wrong with each folder, "" for nothing; in a process of its own."""
-    read, write = os.pipe()
 
-    def body() -> None:
+    def wrong() -> Iterator[str]:
         for folder, finished in folders:
-            wrong = ""
             try:
                 target.check(folder, finished)
             except Exception as error:  # noqa: BLE001 - whatever it is, it is the finding
-                wrong = f"{type(error).__name__}: {error}"[:800]
-            os.write(write, (json.dumps(wrong) + "\n").encode())
+                yield f"{type(error).__name__}: {error}"[:800]
+            else:
+                yield ""
 
-    number = program.forked(body, folders[0][0].parent / "check.log")
-    os.close(write)
-    with os.fdopen(read, "rb") as pipe:
-        found = [json.loads(line) for line in pipe.read().splitlines()]
-    os.waitpid(number, 0)
-    return found
+    return program.answers(wrong, folders[0][0].parent / "check.log")
 
 
 def systematic(name: str, kind: str, base: pathlib.Path, stride: int, first: int) -> dict[str, Any]:
     """Has each operation of a target fail, from `first` in steps of `stride`; → counts, and what went wrong."""
     target = TARGETS[name]
     whole = base / f"{name}-whole"
-    pathlib.Path(whole).mkdir()
+    whole.mkdir()
     os.waitpid(program.forked(lambda: target.prepare(whole), base / "prepare.log"), 0)
     trial = base / f"{name}-trial"
     shutil.copytree(whole, trial)

@@ -8,7 +8,6 @@ import pathlib
 import random
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -17,6 +16,7 @@ from typing import Any
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 import program
+from served import free_port
 
 SAVING = "saving"
 
@@ -82,12 +82,6 @@ def pause(number: int, seconds: float, chance: random.Random) -> None:
 def ended(number: int) -> bool:
     """Whether a process has ended; its status is left for `wait`."""
     return os.waitid(os.P_PID, number, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-
-
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return taken.getsockname()[1]
 
 
 def work(names: list[str], kills: int, seed: int, base: pathlib.Path, whole: dict[str, Any], out: Any) -> None:

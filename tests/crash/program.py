@@ -14,7 +14,7 @@ import os
 import pathlib
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 sys.path[:0] = [str(pathlib.Path(__file__).parents[1]), str(pathlib.Path(__file__).parents[2])]
@@ -176,25 +176,35 @@ def train(kind: Kind, folder: pathlib.Path) -> None:
 
 def left(folder: pathlib.Path) -> dict[str, Any]:
     """What a finished run leaves: the same bytes, however often it was killed. In a process of its own, as `train`."""
-    read, write = os.pipe()
 
-    def digests() -> None:
+    def digests() -> Iterator[Any]:
         arrays = {name: hashlib.sha256(leaf.tobytes()).hexdigest() for name, leaf in tiny.saved(folder).items()}
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        found = {
+        yield {
             "arrays": arrays,
             "history": tiny.history(folder),
             "predictions": hashlib.sha256((folder / "predictions.csv").read_bytes()).hexdigest(),
             "summary": {name: summary[name] for name in ("metrics", "kept")},
         }
-        os.write(write, json.dumps(found).encode())
 
-    number = forked(digests, folder / "left.log")
+    (found,) = answers(digests, folder / "left.log")
+    return found
+
+
+def answers(body: Callable[[], Iterable[Any]], log: pathlib.Path) -> list[Any]:
+    """The JSON values that `body` yields in a process of its own."""
+    read, write = os.pipe()
+
+    def send() -> None:
+        for value in body():
+            os.write(write, (json.dumps(value) + "\n").encode())
+
+    number = forked(send, log)
     os.close(write)
     with os.fdopen(read, "rb") as pipe:
-        content = pipe.read()
+        found = [json.loads(line) for line in pipe.read().splitlines()]
     os.waitpid(number, 0)
-    return json.loads(content)
+    return found
 
 
 def keep_programs(folder: pathlib.Path) -> None:
