@@ -5,6 +5,7 @@ features gives the same losses as computing them at every step, as both run the 
 those on vectors run several in one dispatch.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -12,17 +13,21 @@ import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxft import devices, masking, preprocess
-from jaxft.data import Augment, augment
+from jaxft.data import Augment, Dataset, Inputs, augment, loader
 from jaxft.data.rows import CacheError, Rows, no_room
 from jaxft.predict import EvalStep, make_eval_step
+from jaxft.progress import bar
 from jaxft.task import Task
+
+POOLS = {"mean": jnp.mean, "max": jnp.max, "std": jnp.std}
 
 Prefix = jax.stages.Wrapped
 """Jitted: (variables, uint8 images [B, H, W, 3], None or the `row` of each) → what the last frozen stage gives."""
@@ -36,6 +41,7 @@ class Wanted(NamedTuple):
         view: the number of an augmented view; None for the images as they are.
         indices: the images, int [n].
         examples: how many the dataset has.
+        plain_view: the first view is the images as they are.
         batches: image indices, int [m] → their batches in order, as `loader.eval_batches` gives them.
     """
 
@@ -43,6 +49,7 @@ class Wanted(NamedTuple):
     view: int | None
     indices: np.ndarray
     examples: int
+    plain_view: bool
     batches: Callable[[np.ndarray], Iterator[dict[str, Any]]]
 
 
@@ -68,8 +75,13 @@ def cut(net: Any, weighted: Sequence[str]) -> str | None:
     return last
 
 
-def row(view: int, index: np.ndarray, examples: int) -> np.ndarray:
-    """The number, int32 [B], of a view of each of the images `index`, from which its augmentation is drawn."""
+def row(view: int, index: np.ndarray, examples: int, *, plain_view: bool = False) -> np.ndarray:
+    """The number, int32 [B], of a view of each of the images `index`, from which its augmentation is drawn.
+
+    With `plain_view` the first view is -1 throughout: it is not augmented.
+    """
+    if plain_view and view == 0:
+        return np.full(len(index), -1, np.int32)
     return (view * examples + index).astype(np.int32)
 
 
@@ -79,18 +91,34 @@ def make_prefix(
     normalise: Callable[[jax.Array], jax.Array],
     change: Augment | None = None,
     seed: int = 0,
+    *,
+    plain_view: bool = False,
 ) -> Prefix:
-    """The jitted net up to `stage`, None for preprocessing alone; images that come with rows are augmented by row."""
+    """The jitted net up to `stage`, None for preprocessing alone; images that come with rows are augmented by row.
+
+    With `plain_view` those of rows below 0 are not.
+    """
 
     @jax.jit
     def prefix(variables: Mapping[str, Any], images: jax.Array, rows: jax.Array | None) -> jax.Array:
         if rows is not None and change is not None:
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows)
-            images, _ = augment.one_by_one(change, keys, images, {})
+            changed = _view(change, seed, images, rows)
+            images = jnp.where(rows.reshape(-1, 1, 1, 1) < 0, images, changed) if plain_view else changed
         images = normalise(images)
         return images if stage is None else net.apply(variables, images, train=False)[1][stage]  # type: ignore[index]
 
     return prefix
+
+
+def _view(change: Augment, seed: int, images: jax.Array, rows: jax.Array) -> jax.Array:
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows)
+    return augment.one_by_one(change, keys, images, {})[0]
+
+
+def make_view(change: Augment, seed: int) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """(uint8 images [B, H, W, C], the `row` of each) → float32 images, each augmented by its row alone."""
+    view = jax.jit(lambda images, rows: _view(change, seed, images, rows))
+    return lambda images, rows: np.asarray(view(images, rows))
 
 
 def eval_step(net: nn.Module, weighted: Sequence[str], preprocessing: str, task: Task) -> EvalStep:
@@ -129,33 +157,118 @@ def of(
     Raises:
         ValueError: no such stage, or no size of images; or as `decode.pixels`.
     """
-    from jaxft.data import Dataset, Inputs, loader
-    from jaxft.model import unlabelled
-    from jaxft.predict import evaluate
 
-    if stage not in (names := list(model.net.layers())):
-        raise ValueError(f"{stage!r} is not a stage of this net; its stages are {', '.join(names)}")
-    if not isinstance(images, Inputs):
-        size = image_size or model.image_size
-        if size is None:
-            raise ValueError("the size of the images is not known: say image_size=(224, 224)")
-        data = images if isinstance(images, Dataset) else unlabelled(images, ("none",), "class")
-        images = Inputs(data, np.arange(len(data)), size, batch_size, decode=model.decode)
-    prefix, shape = make_prefix(model.net, stage, preprocess.get(model.preprocessing)), ()
+    def one(found: Mapping[str, jax.Array]) -> jax.Array:
+        return found[stage].mean((-3, -2)) if pool and found[stage].ndim >= 4 else found[stage]
+
+    inputs = _inputs(model, images, image_size, batch_size)
+    return np.concatenate(list(_computed(model, [stage], inputs, one)))
+
+
+def of_stages(
+    model: Any,
+    stages: Sequence[str],
+    images: Any,
+    pools: Sequence[Literal["mean", "max", "std"]] = ("mean",),
+    *,
+    image_size: tuple[int, int] | None = None,
+    batch_size: int = 16,
+) -> np.ndarray:
+    """Several stages, pooled in several ways over their places, side by side: float32 [n, features].
+
+    Arguments and errors are as in `of`; `pools` are some of `POOLS`.
+    """
+    if not pools or not set(pools) <= set(POOLS):
+        raise ValueError(f"pools={tuple(pools)}, expected some of {', '.join(POOLS)}")
+
+    def beside(found: Mapping[str, jax.Array]) -> jax.Array:
+        columns = []
+        for stage in stages:
+            x = found[stage].astype(jnp.float32)
+            columns += [POOLS[name](x, (-3, -2)) for name in pools] if x.ndim >= 4 else [x]
+        return jnp.concatenate([column.reshape(len(column), -1) for column in columns], 1)
+
+    inputs = _inputs(model, images, image_size, batch_size)
+    return np.concatenate(list(_computed(model, stages, inputs, beside)))
+
+
+def on_disk(model: Any, stage: str, inputs: Inputs) -> Rows:
+    """The output of a stage for each image, in one file of the cache folder, in the order of the inputs' indices.
+
+    It takes no more memory than a batch, and is computed once; a run that dies loses at most 64 MB of it.
+
+    Raises:
+        ValueError: no such stage; or as `decode.pixels`.
+        OSError: the disk is full or cannot be written to.
+    """
+
+    def plain(found: Mapping[str, jax.Array]) -> jax.Array:
+        return found[stage]
+
+    made = {"data": inputs.dataset.fingerprint, "size": inputs.image_size, "decode": dataclasses.asdict(inputs.decode)}
+    made |= {"preprocessing": model.preprocessing, "dtype": str(model.net.dtype), "batch_size": inputs.batch_size}
+    _check_stages(model, [stage])
+    like = jax.eval_shape(
+        make_prefix(model.net, stage, preprocess.get(model.preprocessing)),
+        model.variables,
+        jax.ShapeDtypeStruct((1, *inputs.image_size, inputs.decode.channels), np.uint8),
+        None,
+    )
+    found = identity(model.net, model.variables, stage, **made)
+    rows = Rows("features", f"{found['net'].lower()}-{stage}", found, inputs.indices, like.shape[1:], np.float32)
+    if reason := no_room([rows]):
+        raise OSError(reason)
+    rows.fill(lambda indices: _computed(model, [stage], dataclasses.replace(inputs, indices=indices), plain))
+    return rows
+
+
+def _inputs(model: Any, images: Any, image_size: tuple[int, int] | None, batch_size: int) -> Inputs:
+    from jaxft.model import unlabelled
+
+    if isinstance(images, Inputs):
+        return images
+    size = image_size or model.image_size
+    if size is None:
+        raise ValueError("the size of the images is not known: say image_size=(224, 224)")
+    data = images if isinstance(images, Dataset) else unlabelled(images, ("none",), "class")
+    return Inputs(data, np.arange(len(data)), size, batch_size, decode=model.decode)
+
+
+def _check_stages(model: Any, stages: Sequence[str]) -> None:
+    names = list(model.net.layers())
+    if unknown := [stage for stage in stages if stage not in names]:
+        raise ValueError(f"{unknown[0]!r} is not a stage of this net; its stages are {', '.join(names)}")
+
+
+def _computed(
+    model: Any, stages: Sequence[str], inputs: Inputs, function: Callable[[Mapping[str, jax.Array]], jax.Array]
+) -> Iterator[np.ndarray]:
+    """What a function makes of the outputs of stages, float32 [B, …], batch by batch."""
+    _check_stages(model, stages)
+    normalise = preprocess.get(model.preprocessing)
 
     @jax.jit
-    def flat(variables: Mapping[str, Any], batch: jax.Array) -> jax.Array:
-        nonlocal shape
-        found = prefix(variables, batch, None)
-        found = found.mean((1, 2)) if pool and found.ndim == 4 else found
-        shape = found.shape[1:]
-        return found.reshape(len(found), -1).astype(np.float32)
+    def compute(variables: Mapping[str, Any], batch: jax.Array) -> jax.Array:
+        return function(model.net.apply(variables, normalise(batch), train=False)[1]).astype(jnp.float32)
 
     mesh = devices.mesh()
     variables = {kind: model.variables.get(kind, {}) for kind in ("params", "batch_stats")}
-    batches = loader.eval_batches(images, images.dataset.images, process=devices.process())
-    found = evaluate(flat, devices.replicate(variables, mesh), batches, mesh, len(images)).outputs
-    return found.reshape(len(found), *shape)
+    variables = devices.replicate(variables, mesh)
+    pending = None
+    with bar("features", len(inputs)) as advance:
+        for batch in loader.eval_batches(inputs, inputs.dataset.images, process=devices.process()):
+            found = {"real": batch["real"], "found": compute(variables, devices.shard(batch, mesh)["image"])}
+            if pending is not None:
+                yield _real(pending)  # while the device computes this batch
+            pending = found
+            advance(int(batch["real"].sum()))
+    if pending is not None:
+        yield _real(pending)
+
+
+def _real(columns: Mapping[str, Any]) -> np.ndarray:
+    rows = devices.gather(columns)
+    return rows["found"][np.asarray(rows["real"], bool)]
 
 
 def identity(net: nn.Module, variables: Mapping[str, Any], stage: str, **inputs: Any) -> dict[str, Any]:
@@ -252,7 +365,9 @@ def open_cache(
     """
 
     def inputs(of: Wanted, batch: dict[str, Any]) -> tuple[Any, Any]:
-        return batch["image"], None if of.view is None else row(of.view, batch["index"], of.examples)
+        if of.view is None:
+            return batch["image"], None
+        return batch["image"], row(of.view, batch["index"], of.examples, plain_view=of.plain_view)
 
     def compute(of: Wanted, indices: np.ndarray) -> Iterator[np.ndarray]:
         for batch in of.batches(indices):

@@ -134,7 +134,9 @@ def make(
         # A step is two programs: up to `stage`, and what follows. With views on a net without frozen stages, the first
         # one augments alone.
         views = inputs.views
-        prefix = features.make_prefix(net, stage, preprocess.get(preprocessing), inputs.augment, run.seed)
+        prefix = features.make_prefix(
+            net, stage, preprocess.get(preprocessing), inputs.augment, run.seed, plain_view=inputs.plain_view
+        )
         rest = train.make_train_step(task, outputs, lambda key, x, labels: (x, labels), stage, layer_norms=True)
         if stage and run.cache_features != "off" and jax.process_count() == 1:
             cache = _open_cache(net, preprocessing, stage, prefix, state, sides, run, epochs)
@@ -154,7 +156,9 @@ def make(
         if cache:
             return batch | {"image": cache[_name(view)].take(batch["index"])}
         batch = train_side.fill(batch)
-        return batch if view is None else batch | {"row": features.row(view, batch["index"], len(inputs.dataset))}
+        if view is None:
+            return batch
+        return batch | {"row": features.row(view, batch["index"], len(inputs.dataset), plain_view=inputs.plain_view)}
 
     def dispatches(first: int, last: int) -> Iterator[Dispatch]:
         for step, batch, count in _stream(train_side, run, at_once, first, last):
@@ -229,7 +233,9 @@ def _open_cache(
         made = {"data": inputs.dataset.fingerprint, "size": inputs.image_size, "decode": decode}
         if view is not None:
             made |= {"augment": describe(inputs.augment), "seed": run.seed}
-        return features.Wanted(made, view, indices, len(inputs.dataset), side.batches)
+        if inputs.plain_view:
+            made["plain_view"] = True
+        return features.Wanted(made, view, indices, len(inputs.dataset), inputs.plain_view, side.batches)
 
     if views is None and _alike(train_side.inputs, held_out.inputs):
         both = np.union1d(train_side.inputs.indices, held_out.inputs.indices)

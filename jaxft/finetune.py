@@ -134,7 +134,7 @@ def _check(model: Model, task: Task, train: Inputs, held_out: Inputs, phases: Se
         raise ValueError(f"phases={phases!r} must be one Phase or more, in a list")
     for inputs, name in ((train, "train"), (held_out, "held_out")):
         tasks.check(task, inputs.dataset, model.net.num_classes)
-        if not inputs.dataset.known[inputs.indices].any():
+        if not inputs.known[inputs.indices].any():
             raise ValueError(f"no label of the images of {name} is known; give images with labels")
         if model.channels not in (None, inputs.decode.channels):
             raise ValueError(
@@ -151,7 +151,7 @@ def _check(model: Model, task: Task, train: Inputs, held_out: Inputs, phases: Se
             f"the classes of train, {', '.join(train.dataset.classes)}, are not those of held_out, "
             f"{', '.join(held_out.dataset.classes)}; give both the same, in the same order"
         )
-    if changes := [name for name in ("augment", "mix", "views") if getattr(held_out, name) is not None]:
+    if changes := [name for name in ("augment", "mix", "views", "targets") if getattr(held_out, name) is not None]:
         raise ValueError(f"held_out has {', '.join(changes)}: it is judged as it is; give them to train alone")
     train.steps_per_epoch  # noqa: B018 - raises for a batch that is larger than the set
     for warning in overlap(train, held_out):

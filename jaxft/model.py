@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -14,7 +15,7 @@ import numpy as np
 from jaxft import devices, features, files, nets, port_weights, preprocess, pretrained
 from jaxft.checkpoint import Checkpoints
 from jaxft.checks import check_count
-from jaxft.data import Dataset, Inputs, loader
+from jaxft.data import Augment, Dataset, Inputs, loader
 from jaxft.data.decode import RGB, Decode
 from jaxft.predict import EvalStep, Predictions, evaluate
 from jaxft.pretrained import Weights
@@ -102,6 +103,9 @@ class Model:
         indices: np.ndarray | None = None,
         *,
         mirrored: bool = False,
+        augment: Augment | None = None,
+        views: int = 4,
+        seed: int = 0,
     ) -> Predictions:
         """What the model says of images: the same to the bit in every process of one machine and batch size.
 
@@ -109,9 +113,13 @@ class Model:
             images: a dataset, or a sequence of images, each the bytes of a file or uint8 [H, W, 3].
             indices: which of them, int [n]; all by default.
             mirrored: predict each image and its mirror image (left and right exchanged), and take the mean of both.
+            augment: predict each image as it is and augmented by this, and take the mean: test-time augmentation.
+            views: how many augmented ones of each image; what is drawn depends on `seed`, the image's place in the
+                dataset and the view.
 
         Raises:
-            ValueError: the model was never trained, so that size and task are not known; or as `decode.pixels`.
+            ValueError: the model was never trained, so that size and task are not known, or fewer than one view; or as
+                `decode.pixels`.
         """
         if self.task is None or self.image_size is None:
             raise ValueError("this model has no task yet: train it with finetune, or use predict.evaluate yourself")
@@ -126,8 +134,22 @@ class Model:
         eval_step = self._both_ways if mirrored else self._eval_step
         mesh = devices.mesh()
         variables = {kind: self.variables.get(kind, {}) for kind in ("params", "batch_stats")}
-        batches = loader.eval_batches(inputs, dataset.images, process=devices.process())
-        return evaluate(eval_step, devices.replicate(variables, mesh), batches, mesh, len(inputs))
+        variables = devices.replicate(variables, mesh)
+
+        def predicted(view: int | None) -> Predictions:
+            batches = loader.eval_batches(inputs, dataset.images, process=devices.process())
+            if view is not None:
+                rows = partial(features.row, view, examples=len(dataset))
+                batches = (batch | {"image": changed(batch["image"], rows(batch["index"]))} for batch in batches)
+            return evaluate(eval_step, variables, batches, mesh, len(inputs))
+
+        plain = predicted(None)
+        if augment is None:
+            return plain
+        check_count("views", views, 1)
+        changed = features.make_view(augment, seed)
+        found = [plain.outputs, *(predicted(view).outputs for view in range(views))]
+        return dataclasses.replace(plain, outputs=np.mean(found, 0, dtype=np.float64).astype(np.float32))
 
     @functools.cached_property
     def _eval_step(self) -> EvalStep:  # compiled once, however often `predict` is called
@@ -215,15 +237,20 @@ def load(
         variables = nets.init(net, spec.native_size, seed)
         told = f"{name} starts from random weights (seed {seed})"
     else:
+        regions = isinstance(net, nets.Regions)
         variables, told = port_weights.load(
             name,
             weights.path,
-            num_classes=num_classes,
+            num_classes=None if regions else num_classes,
             order=order,
             seed=seed,
             ignore=(*weights.ignore, *ignore),
-            **options,
+            **(dict(net.options) | {"dtype": net.dtype} if regions else options),
         )
+    if isinstance(net, nets.Regions):  # the file fills the trunk; the layers of the regions are new
+        fresh = nets.init(net, spec.native_size, seed)["params"]
+        known = dict(variables["params"])
+        variables["params"] = {layer: known.get(layer, fresh[layer]) for layer in fresh}
     devices.say(str(told))
     variables = {kind: dict(variables.get(kind, {})) for kind in ("params", "batch_stats")}
     check_count("channels", channels, 1)

@@ -103,6 +103,10 @@ def record(
 
 def _inputs(inputs: Inputs) -> dict[str, Any]:
     found = {name: describe(getattr(inputs, name)) for name in ("batch_size", "augment", "mix", "views", "order")}
+    if inputs.plain_view:  # runs of versions before it have no such line
+        found["plain_view"] = True
+    if inputs.targets is not None:
+        found["targets"] = hashlib.sha256(inputs.targets.tobytes()).hexdigest()
     return found | {
         "data": {"name": inputs.dataset.name, "sha256": inputs.dataset.fingerprint, "images": len(inputs.indices)},
         "indices": hashlib.sha256(inputs.indices.tobytes()).hexdigest(),

@@ -161,9 +161,9 @@ def make_train_step(
 ) -> TrainStep:
     """The jitted train step; the state is donated, so use only the one returned.
 
-    A batch holds `image` uint8 [B, H, W, 3], `label`, `known` and `weight`, as `loader.train_batches` gives them. With
-    `start`, `image` is the output of the stage of that name and only what follows is run. The figures are float32
-    scalars: `loss` (the task's, weighted, over known labels), the task's score, and `grad_norm`, the global norm over
+    A batch holds `image` uint8 [B, H, W, 3], `label`, `known` and `weight`, as `loader.train_batches` gives them, and
+    `target` where something else is learnt than the label. With `start`, `image` is the output of the stage of that
+    name and only what follows is run. The figures are float32 scalars: `loss` (the task's, weighted, over known labels), the task's score, and `grad_norm`, the global norm over
     the trainable leaves. Optimizers that want them get `value` (the loss) and `grad`. With `layer_norms`, an
     array of that name goes with them: the norm of each trainable layer's gradient, in the order of their names.
     """
@@ -171,7 +171,7 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         prepare_key, dropout_key = jax.random.split(jax.random.fold_in(state.rng, state.step))
         labels = {
-            "target": task.encode(batch["label"], num_outputs),
+            "target": batch["target"] if "target" in batch else task.encode(batch["label"], num_outputs),
             "known": batch["known"].astype(jnp.float32),
             "weight": batch["weight"],
         }

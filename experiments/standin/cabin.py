@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 WIDTH, HEIGHT = 640, 480
 SUPERSAMPLING = 2
+MISS = 7.0  # pixels: standard deviation of where a hand goes, from clip to clip
 
 Colour = tuple[int, int, int]
 Point = tuple[float, float]
@@ -89,6 +90,7 @@ class Driver:
     long_sleeves: bool
     girth: float
     reach: Point
+    habit: Point  # where the hands go, beside the usual place
     seat: Colour
     cabin: Colour
     wheel: Colour
@@ -117,6 +119,7 @@ def random_driver(rng: np.random.Generator) -> Driver:
         long_sleeves=bool(rng.random() < 0.5),
         girth=float(rng.uniform(0.88, 1.18)),
         reach=(float(rng.uniform(-12, 10)), float(rng.uniform(-10, 10))),
+        habit=(float(rng.normal(0, 5)), float(rng.normal(0, 5))),
         seat=colour(25, 110, 0.4),
         cabin=colour(25, 85, 0.25),
         wheel=colour(15, 70, 0.2),
@@ -133,7 +136,14 @@ def random_driver(rng: np.random.Generator) -> Driver:
 
 
 def picture(
-    driver: Driver, label: int, clip: np.random.Generator, moment: float, noise: np.random.Generator
+    driver: Driver,
+    label: int,
+    clip: np.random.Generator,
+    moment: float,
+    noise: np.random.Generator,
+    *,
+    begun: float = 1.0,
+    scale: float = 1.0,
 ) -> np.ndarray:
     """One photograph.
 
@@ -143,16 +153,18 @@ def picture(
         clip: what a sequence of pictures has in common; give each picture of it a generator in the same state.
         moment: place in the sequence, any number; pictures of near moments are alike.
         noise: decides what differs from picture to picture.
+        begun: how far the driver has come from driving safely to the posture of the class, 0 to 1.
+        scale: of the picture's sides.
 
     Returns:
-        uint8 [480, 640, 3].
+        uint8 [480 · scale, 640 · scale, 3].
     """
     rows = POSTURES[label]
-    posture = rows[clip.integers(len(rows))]
+    posture = _begun(rows[clip.integers(len(rows))], begun, clip.normal(0, 1, 4), driver)
     phases, speeds = clip.uniform(0, 2 * math.pi, 12), clip.uniform(0.15, 0.6, 12)
     sway = np.sin(phases + speeds * moment)  # slow movement, -1 to 1
     light = clip.uniform(0, 1, 6)
-    painter = _Painter(driver.camera, sway[:2] * 3)
+    painter = _Painter(driver.camera, sway[:2] * 3, scale)
     _outside(painter, clip, moment)
     _cabin(painter, driver, clip)
     _console(painter, driver)
@@ -161,17 +173,36 @@ def picture(
     return _photograph(painter.image, driver, light, noise)
 
 
+def _begun(posture: Posture, share: float, miss: np.ndarray, driver: Driver) -> Posture:
+    """A posture on the way from safe driving, with hands beside the usual places by habit and by chance."""
+
+    def between(start: Point, end: Point, chance: np.ndarray) -> Point:
+        x, y = (a + share * (b - a + h + c) for a, b, h, c in zip(start, end, driver.habit, MISS * chance, strict=True))
+        return (x, y)
+
+    lean = (posture.lean[0] * share, posture.lean[1] * share)
+    return dataclasses.replace(
+        posture,
+        right=between(ON_WHEEL, posture.right, miss[:2]),
+        left=between(ON_WHEEL_FAR, posture.left, miss[2:]),
+        turn=posture.turn * share,
+        pitch=posture.pitch * share,
+        lean=lean,
+    )
+
+
 class _Painter:
     """Pillow's drawing under the camera's affine map."""
 
-    def __init__(self, camera: tuple[float, float, float, float], shake: np.ndarray):
-        scale, degrees, x, y = camera
-        self.scale = scale * SUPERSAMPLING
+    def __init__(self, camera: tuple[float, float, float, float], shake: np.ndarray, size: float):
+        zoom, degrees, x, y = camera
+        drawn = size * SUPERSAMPLING
+        self.scale = zoom * drawn
         cos, sin = math.cos(math.radians(degrees)) * self.scale, math.sin(math.radians(degrees)) * self.scale
         self.matrix = np.array([[cos, -sin], [sin, cos]])
         self.centre = np.array([WIDTH / 2, HEIGHT / 2])
-        self.shift = (self.centre + (x + shake[0], y + shake[1])) * SUPERSAMPLING
-        self.image = Image.new("RGB", (WIDTH * SUPERSAMPLING, HEIGHT * SUPERSAMPLING))
+        self.shift = (self.centre + (x + shake[0], y + shake[1])) * drawn
+        self.image = Image.new("RGB", (round(WIDTH * size) * SUPERSAMPLING, round(HEIGHT * size) * SUPERSAMPLING))
         self.draw = ImageDraw.Draw(self.image)
 
     def map(self, points: Sequence[Point]) -> list[Point]:
@@ -383,9 +414,10 @@ def _console(painter: _Painter, driver: Driver) -> None:
 def _photograph(image: Image.Image, driver: Driver, light: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Light, shadow, glare, blur, exposure and noise."""
     image = image.reduce(SUPERSAMPLING)
+    width, height = image.size
     if (blur := rng.uniform(-0.6, 1.3)) > 0.3:
         image = image.filter(ImageFilter.BoxBlur(blur))
-    x, y = np.linspace(-1, 1, WIDTH).astype(np.float32), np.linspace(-1, 1, HEIGHT).astype(np.float32)[:, None]
+    x, y = np.linspace(-1, 1, width).astype(np.float32), np.linspace(-1, 1, height).astype(np.float32)[:, None]
     angle = 2 * math.pi * light[0]
     gain = 1 + (0.1 + 0.2 * light[1]) * (math.cos(angle) * x + math.sin(angle) * y)
     band = math.cos(angle + 1) * x + math.sin(angle + 1) * y - (2 * light[2] - 1)
@@ -394,13 +426,13 @@ def _photograph(image: Image.Image, driver: Driver, light: np.ndarray, rng: np.r
     gain *= rng.uniform(0.85, 1.15)
     warmth = (light[4] - 0.5) * 0.36
     glare = 100 * light[5] ** 3 * np.exp(-6 * ((x - 0.4 * math.cos(angle)) ** 2 + (y + 0.6) ** 2))
-    grain = rng.standard_normal((HEIGHT // 2, WIDTH // 2, 3), np.float32) * rng.uniform(3, 9)
-    drawn, pixels = np.asarray(image), np.empty((HEIGHT, WIDTH, 3), np.uint8)
+    grain = rng.standard_normal((height // 2, width // 2, 3), np.float32) * rng.uniform(3, 9)
+    drawn, pixels = np.asarray(image), np.empty((height, width, 3), np.uint8)
     for c, colour in enumerate(np.asarray([1 + warmth, 1.0, 1 - warmth], np.float32)):  # twice as fast as all at once
         channel = drawn[..., c].astype(np.float32)
         channel *= gain * colour
         channel += glare
-        blocks = channel.reshape(HEIGHT // 2, 2, WIDTH // 2, 2)  # a grain is 2×2 pixels
+        blocks = channel.reshape(height // 2, 2, width // 2, 2)  # a grain is 2×2 pixels
         blocks += grain[:, None, :, None, c]
         pixels[..., c] = channel.clip(0, 255)
     return pixels

@@ -33,7 +33,10 @@ class Inputs:
         mix: applied after `augment`, to whole batches of float labels; see `jaxft.data.mix`. None: nothing.
         views: how many fixed augmented views of each image there are, which epochs take in turn, so that features of
             frozen layers can be cached. None: an augmentation of its own in every epoch.
+        plain_view: the first of the views is the image as it is: with two views, the set doubled by augmented copies.
         weights: of each example of the dataset in the loss, float [N], at least 0; kept as float32. None: all 1.
+        targets: what is learnt in place of class labels, such as pseudo-labels: probabilities of the classes for each
+            example of the dataset, float [N, C]; kept as float32. A row of NaN leaves the label. None: all labels.
         order: of the examples of an epoch; see `jaxft.data.order`.
         decode: how a file becomes pixels.
 
@@ -48,7 +51,9 @@ class Inputs:
     augment: Augment | None = None
     mix: Augment | None = None
     views: int | None = None
+    plain_view: bool = False
     weights: np.ndarray | None = None
+    targets: np.ndarray | None = None
     order: Order = order.shuffled
     decode: Decode = RGB
 
@@ -81,11 +86,21 @@ class Inputs:
                 raise ValueError(
                     f"views {self.views} with mix: mixed batches are never the same; leave out one of them"
                 )
+        if self.plain_view and self.views is None:
+            raise ValueError("plain_view=True without views: say views=2 for each image and one augmented copy")
         if self.weights is not None:
             object.__setattr__(self, "weights", _checked_weights(self.dataset, self.weights))
+        if self.targets is not None:
+            object.__setattr__(self, "targets", _checked_targets(self.dataset, self.targets))
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    @property
+    def known(self) -> np.ndarray:
+        """Which examples of the dataset have a label or a target to learn: bool, of the shape of the labels."""
+        known = self.dataset.known
+        return known if self.targets is None else known | ~np.isnan(self.targets[:, 0])
 
     @property
     def steps_per_epoch(self) -> int:
@@ -167,5 +182,27 @@ def _checked_weights(dataset: Dataset, weights: object) -> np.ndarray:
     if not (np.isfinite(kept) & (kept >= 0)).all():
         place = int(np.flatnonzero(~(np.isfinite(kept) & (kept >= 0)))[0])
         raise ValueError(f"weights[{place}] is {kept[place]}, expected a finite number of at least 0")
+    kept.flags.writeable = False
+    return kept
+
+
+def _checked_targets(dataset: Dataset, targets: object) -> np.ndarray:
+    given, shape = np.asarray(targets), (len(dataset), len(dataset.classes))
+    if dataset.target != "class":
+        raise ValueError(f"targets stand for class labels, and those of {dataset.name!r} are {dataset.target!r}")
+    if given.shape != shape or given.dtype.kind != "f":
+        raise ValueError(
+            f"targets are {given.dtype} {list(given.shape)}, expected floats {list(shape)}: the probabilities of the "
+            f"classes for each example of the dataset, or NaN for its label"
+        )
+    kept = given.astype(np.float32)
+    rows = ~np.isnan(kept).all(1)
+    wrong = rows & ~((kept >= 0).all(1) & (np.abs(kept.sum(1) - 1) < 1e-3))
+    if wrong.any():
+        place = int(np.flatnonzero(wrong)[0])
+        raise ValueError(
+            f"targets[{place}], of {dataset.names[place]}, is {kept[place].tolist()}; expected probabilities that sum "
+            f"to 1, or NaN throughout"
+        )
     kept.flags.writeable = False
     return kept

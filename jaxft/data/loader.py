@@ -54,7 +54,7 @@ def train_batches(
     Yields:
         {"image": uint8 [B/count, H, W, 3], "label": class int32 [B/count], or labels or values float32 [B/count, C],
         "known": bool of the label's shape, "weight": float32 [B/count], "index": int32 [B/count] into the dataset}.
-        An unknown label is 0.
+        An unknown label is 0. With targets also "target": float32 [B/count, C], what is learnt.
 
     Raises:
         ValueError: a batch larger than the set, rows that do not divide by the processes, or weights that are all 0;
@@ -75,7 +75,13 @@ def train_batches(
         epoch, first = step // steps, step % steps * size
         mine = in_order(epoch)[first : first + size][rows]
         weights = np.ones(len(mine), np.float32) if inputs.weights is None else inputs.weights[mine]
-        return {**_load(inputs, images, mine), "weight": weights}
+        loaded = {**_load(inputs, images, mine), "weight": weights}
+        if inputs.targets is None:
+            return loaded
+        labels = np.eye(len(inputs.dataset.classes), dtype=np.float32)[loaded["label"]]
+        given = inputs.targets[mine]
+        target = np.where(np.isnan(given), labels, given)
+        return {**loaded, "target": target, "known": inputs.known[mine]}
 
     stop = _FOREVER if num_steps is None else start_step + num_steps
     return _in_order(batch, range(start_step, stop), workers, images is not None)

@@ -76,6 +76,40 @@ class CutMix(Mixing):
         return jnp.where(pasted[..., None], images[partner], images), _blend(labels, partner, share)
 
 
+@dataclass(frozen=True)
+class Halves(Mixing):
+    """The left half of an image beside the right half of another one of the same class: a new driver, as it were.
+
+    The partner is drawn from the images of the batch whose label is the same, the image itself among them; labels stay.
+
+    Attributes:
+        probability: of an image to be composed.
+
+    Raises:
+        ValueError: `probability` out of its range; when called, labels that are not float or no `target` among them.
+
+    Source: a write-up of State Farm distracted driver detection, which took a loss of 0.31 to 0.15 by it.
+    """
+
+    probability: float = 0.5
+
+    def __post_init__(self):
+        check_number(self, "probability", 0, 1, "a probability")
+
+    def __call__(self, key: jax.Array, images: jax.Array, labels: Any) -> tuple[jax.Array, Any]:
+        """See the module; labels as a train step has them, with `target` float [B, C]."""
+        target = labels.get("target") if isinstance(labels, dict) else None
+        if target is None or target.ndim != 2 or not jnp.issubdtype(target.dtype, jnp.floating):
+            raise ValueError("Halves takes labels with a target of one-hot classes, float [B, C], as a train step has")
+        chance_key, partner_key = jax.random.split(key)
+        alike = (target[:, None] == target[None]).all(-1)
+        partner = jnp.where(alike, jax.random.uniform(partner_key, alike.shape), -1.0).argmax(1)
+        composed = jax.random.bernoulli(chance_key, self.probability, (len(images),))
+        images = jnp.asarray(images, jnp.float32)
+        right = jnp.arange(images.shape[2]) >= images.shape[2] // 2
+        return jnp.where((composed[:, None] & right)[:, None, :, None], images[partner], images), labels
+
+
 def _blend(labels: Any, partner: jax.Array, share: jax.Array) -> Any:
     def blend(leaf: jax.Array) -> jax.Array:
         if not jnp.issubdtype(leaf.dtype, jnp.floating):

@@ -124,6 +124,11 @@ class Rows:
             raise IndexError(f"{self.folder} does not hold the {self.kind} of all the images asked for")
         return self._array[rows]
 
+    @property
+    def array(self) -> Any:
+        """All rows in the order of `indices`, [n, *shape]: on the device, or mapped from the file."""
+        return self._array
+
     def on_device(self) -> bool:
         """Whether the opened cache is held on the device."""
         return isinstance(self._array, jax.Array)

@@ -14,10 +14,12 @@ import numpy as np
 
 from jaxft.nets import densenet, googlenet, inception, resnet, vgg
 from jaxft.nets.common import Net, Spec, WeightFile, dtype_name
+from jaxft.nets.regions import Regions
 
 __all__ = [
     "ZOO",
     "Net",
+    "Regions",
     "Spec",
     "WeightFile",
     "any_size",
@@ -99,10 +101,15 @@ def spec(name: str) -> Spec:
 def create(name: str, num_classes: int | None = 1000, **options: Any) -> Net:
     """The Flax module of the net called `name`; `options` are fields of its class (hidden, dropout, frozen, dtype, …).
 
+    With `regions`, rows (name, top, left, height, width) in fractions of the image, and `region_size`, (height, width)
+    in pixels, it is a `Regions` of that net: one look at each region, with an output layer of its own.
+
     Raises:
         ValueError: no net has that name, the net has no such field, or the field does not take that value.
     """
     known = fields(name)
+    if "regions" in options:
+        return _with_regions(name, num_classes, **options)
     for option in options:
         if option not in known:
             near = difflib.get_close_matches(option, known, n=1)
@@ -112,6 +119,14 @@ def create(name: str, num_classes: int | None = 1000, **options: Any) -> Net:
                 hint = f"for hidden layers before the last one say hidden={tuple(widths)!r}. "
             raise ValueError(f"{name} has no option {option!r}: {hint}Its options are {', '.join(known)}")
     return spec(name).net(num_classes=num_classes, **options)
+
+
+def _with_regions(name: str, num_classes: Any, regions: Any, region_size: Any = None, **options: Any) -> Net:
+    size = spec(name).native_size if region_size is None else region_size
+    own = {field: options.pop(field) for field in ("frozen", "dtype") if field in options}
+    options = any_size(name) | options
+    create(name, None, **options)  # which refuses what is none
+    return Regions(spec(name).net, regions, size, tuple(sorted(options.items())), num_classes, **own)
 
 
 def fields(name: str) -> tuple[str, ...]:
@@ -159,6 +174,12 @@ def options(name: str, net: nn.Module) -> dict[str, Any]:
     Raises:
         ValueError: no net has that name, or `net` is of another family.
     """
+    if isinstance(net, Regions):
+        if net.trunk != spec(name).net:
+            raise ValueError(f"this net has regions of another net than {name}")
+        own = {"num_classes": net.num_classes, "dtype": net.dtype, "frozen": net.frozen}
+        own |= {"regions": tuple(map(tuple, net.regions)), "region_size": net.size}
+        return {field: _to_json(value) for field, value in {**dict(net.options), **own}.items()}
     default = create(name)
     if type(net) is not type(default):
         raise ValueError(f"{name} is a {type(default).__name__}, and this net is a {type(net).__name__}")
