@@ -249,8 +249,8 @@ def load(
         )
     if isinstance(net, nets.Regions):  # the file fills the trunk; the layers of the regions are new
         fresh = nets.init(net, spec.native_size, seed)["params"]
-        known = dict(variables["params"])
-        variables["params"] = {layer: known.get(layer, fresh[layer]) for layer in fresh}
+        filled: dict[str, Any] = dict(variables["params"])
+        variables = {**variables, "params": {layer: filled.get(layer, fresh[layer]) for layer in fresh}}
     devices.say(str(told))
     variables = {kind: dict(variables.get(kind, {})) for kind in ("params", "batch_stats")}
     check_count("channels", channels, 1)

@@ -163,9 +163,10 @@ def make_train_step(
 
     A batch holds `image` uint8 [B, H, W, 3], `label`, `known` and `weight`, as `loader.train_batches` gives them, and
     `target` where something else is learnt than the label. With `start`, `image` is the output of the stage of that
-    name and only what follows is run. The figures are float32 scalars: `loss` (the task's, weighted, over known labels), the task's score, and `grad_norm`, the global norm over
-    the trainable leaves. Optimizers that want them get `value` (the loss) and `grad`. With `layer_norms`, an
-    array of that name goes with them: the norm of each trainable layer's gradient, in the order of their names.
+    name and only what follows is run. The figures are float32 scalars: `loss` (the task's, weighted, over known
+    labels), the task's score, and `grad_norm`, the global norm over the trainable leaves. Optimizers that want them get
+    `value` (the loss) and `grad`. With `layer_norms`, an array of that name goes with them: the norm of each trainable
+    layer's gradient, in the order of their names.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:

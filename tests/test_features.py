@@ -156,8 +156,8 @@ def test_features_of_another_arithmetic_are_not_read(tmp_path, monkeypatch, cach
     assert len(list((cache_folder / "features").iterdir())) == 1
     make_prefix = features.make_prefix
 
-    def rounds_otherwise(*settings):
-        prefix = make_prefix(*settings)
+    def rounds_otherwise(*settings, **options):
+        prefix = make_prefix(*settings, **options)
         return jax.jit(lambda *inputs: prefix(*inputs) / 3 * 3)
 
     monkeypatch.setattr(features, "make_prefix", rounds_otherwise)
