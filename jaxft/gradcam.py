@@ -1,6 +1,7 @@
 """Grad-CAM: which parts of an image speak for what a net says of it."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,8 +49,10 @@ def heatmaps(model: Model, images: np.ndarray, stage: str | None, targets: Seque
             return jnp.take_along_axis(logits, targets[:, None], 1).sum()
 
         output = outputs[stage].astype(jnp.float32)
-        weights = jax.grad(score)(output).mean((1, 2), keepdims=True)
+        weights = jax.grad(score)(output).mean((-3, -2), keepdims=True)
         found = jax.nn.relu((weights * output).sum(-1))
+        if found.ndim == 4:  # of regions, each where it lies
+            found = _laid_out(found, model.net.regions)
         highest = found.max((1, 2), keepdims=True)
         return jnp.where(highest > 0, found / jnp.where(highest > 0, highest, 1), 0)
 
@@ -61,8 +64,50 @@ def stages(model: Model, shape: tuple[int, ...]) -> list[str]:
     images = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     variables = {kind: model.variables.get(kind, {}) for kind in ("params", "batch_stats")}
     _, outputs = jax.eval_shape(lambda v, x: model.net.apply(v, x, train=False), variables, images)
-    names = [name for name in model.net.layers() if name in outputs and outputs[name].ndim == 4]
-    return [name for name in names if outputs[name].shape[1] * outputs[name].shape[2] > 1]
+    names = [name for name in model.net.layers() if name in outputs and outputs[name].ndim >= 4]
+    return [name for name in names if outputs[name].shape[-3] * outputs[name].shape[-2] > 1]
+
+
+LAID_OUT = 32  # places on a side of the map of an image whose regions have maps of their own
+
+
+def _laid_out(maps: jax.Array, regions: Sequence[Any]) -> jax.Array:
+    """Maps of regions, [B, R, h, w] → of whole images, [B, 32, 32]: where regions overlap, the higher value."""
+    whole = jnp.zeros((len(maps), LAID_OUT, LAID_OUT))
+    for number, region in enumerate(regions):
+        rows, columns = (
+            slice(round(first * LAID_OUT), max(round((first + length) * LAID_OUT), round(first * LAID_OUT) + 1))
+            for first, length in ((region.top, region.height), (region.left, region.width))
+        )
+        shape = (len(maps), *whole[0, rows, columns].shape)
+        part = jax.image.resize(maps[:, number], shape, "linear")
+        whole = whole.at[:, rows, columns].max(part)
+    return whole
+
+
+def box(maps: np.ndarray, height: float = 0.5, width: float = 0.5) -> tuple[float, float, float, float]:
+    """The rectangle of an image that holds most of its heat: a region to look at more closely.
+
+    Args:
+        maps: float [B, h, w] of `heatmaps`; their mean counts.
+        height, width: of the rectangle, in fractions of the image's.
+
+    Returns:
+        (top, left, height, width) in fractions, as `nets.create` takes regions.
+
+    Raises:
+        ValueError: the rectangle does not lie within the image.
+    """
+    from scipy import ndimage
+
+    if not 0 < height <= 1 or not 0 < width <= 1:
+        raise ValueError(f"a box of {height} × {width} does not lie within an image; give fractions above 0, at most 1")
+    fine = ndimage.zoom(maps.mean(0, dtype=np.float64), [200 / side for side in maps.shape[1:]], order=1)
+    sums = np.pad(fine.clip(0).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+    h, w = round(height * len(fine)), round(width * fine.shape[1])
+    found = sums[h:, w:] - sums[:-h, w:] - sums[h:, :-w] + sums[:-h, :-w]
+    top, left = np.unravel_index(found.argmax(), found.shape)
+    return float(top / len(fine)), float(left / fine.shape[1]), height, width
 
 
 def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:

@@ -221,7 +221,8 @@ def segments(neighbours: Neighbours, reach: float = 1.0, *, most: int = 200) -> 
     typical = np.median(neighbours.distance[:, min(1, k - 1)])
     near = neighbours.distance <= reach * typical
     rows = np.repeat(np.arange(count), k)[near.reshape(-1)]
-    links = sparse.coo_array((np.ones(len(rows)), (rows, neighbours.index[near])), (count, count)).tocsr()
+    pairs: Any = (np.ones(len(rows)), (rows, neighbours.index[near]))
+    links = sparse.coo_array(pairs, (count, count)).tocsr()
     found = sparse.csgraph.connected_components(links.multiply(links.T), directed=False)[1].astype(np.int64)
     large = np.bincount(found)[found] > most
     found[large] = found.max() + 1 + np.arange(large.sum())
