@@ -15,6 +15,7 @@ from jaxft.runs import Run
 
 KAGGLE = pathlib.Path("data/state-farm-distracted-driver-detection")  # where the bare command looks for Kaggle's data
 DRIVERS, IMAGES = 80, 10  # of the stand-in; images of each driver
+SOLUTION = (20, 30), (36, 50)  # the same of the training and the test set of the stand-in for the whole solution
 NOTE = "STAND-IN DATA: these images are drawn by a program; this score says nothing about State Farm."
 
 
@@ -37,6 +38,27 @@ def open_data(data_dir: pathlib.Path | None, seed: int) -> tuple[Dataset, bool]:
     if is_standin and devices.is_writer():
         print(NOTE, flush=True)
     return statefarm.prepare(folder, fetch.cache_folder()), is_standin
+
+
+def open_both(data_dir: pathlib.Path | None) -> tuple[Dataset, Dataset, pathlib.Path, bool]:
+    """(training set, test set, the folder of Kaggle's files, whether it is the stand-in).
+
+    Raises:
+        FileNotFoundError, ValueError: as `statefarm.prepare`; there is no test set.
+    """
+    folder = data_dir.expanduser() if data_dir else KAGGLE if KAGGLE.exists() else None
+    if folder is None:
+        folder = standin.render(
+            fetch.cache_folder() / f"standin-v{standin.VERSION}-solution",
+            drivers=SOLUTION[0][0],
+            images_per_driver=SOLUTION[0][1],
+            test=SOLUTION[1],
+        )
+    is_standin = (folder / standin.MARKER).exists()
+    if is_standin and devices.is_writer():
+        print(NOTE, flush=True)
+    train, test = (statefarm.prepare(folder, fetch.cache_folder(), split=split) for split in ("train", "test"))
+    return train, test, folder, is_standin
 
 
 def sides(

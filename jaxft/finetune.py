@@ -105,7 +105,8 @@ def finetune(
             ended, predictions, row, which = _end(goal, nets, held_out, run, checkpoints, progress, kept)
         if devices.is_writer():
             report.write_predictions(run.folder / "predictions.csv", predictions, held_out.dataset)
-            _pictures(run, task, train, held_out, predictions, progress.history)
+            if run.pictures:
+                _pictures(run, task, train, held_out, predictions, progress.history)
             summary = _summary(task, predictions, progress, row, (train, held_out), record)
             summary["kept"] = {"which": which, "epoch": row["epoch"], "step": row["step"]}
             summary["seconds_in_this_process"] = round(time.perf_counter() - began, 1)

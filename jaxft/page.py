@@ -83,21 +83,55 @@ def write(
         "count": len(predictions),
         "charts": _charts(folder, model, predictions),
         "table": _table(model, predictions),
-        "images": [] if dataset is None else _encoded(_images(model, dataset, predictions, stages, shown)),
+        "images": [] if dataset is None else sections(model, dataset, predictions, stages, shown),
         "settings": _settings(folder),
         "versions": _versions(folder),
     }
+    return render(folder, "report", found, pictures=PICTURES)
+
+
+def render(folder: pathlib.Path, name: str, found: dict[str, Any], *, pictures: str) -> pathlib.Path:
+    """Writes `name`.html, which needs nothing else, and `name`.md with its pictures in a folder, from templates.
+
+    Args:
+        folder: that holds both.
+        name: of the templates.
+        found: what they show: `charts` (title, SVG, remark), `images` from `sections`, and what the template names.
+        pictures: the name of the folder of the Markdown's pictures.
+
+    Returns:
+        the path of the HTML.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
     import jinja2
 
     places = jinja2.FileSystemLoader(pathlib.Path(__file__).parent / "templates")
     made = jinja2.Environment(loader=places, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    style = charts.STYLE
-    files.write_text(folder / "report.html", made.get_template("report.html").render(found, style=style))
-    _pictures(folder / PICTURES, found)
+    files.write_text(folder / f"{name}.html", made.get_template(f"{name}.html").render(found, style=charts.STYLE))
+    _pictures(folder / pictures, found)
     plain = jinja2.Environment(loader=places, trim_blocks=True, lstrip_blocks=True)
     plain.filters["cell"] = _cell
-    files.write_text(folder / "report.md", plain.get_template("report.md").render(found, pictures=PICTURES))
-    return folder / "report.html"
+    files.write_text(folder / f"{name}.md", plain.get_template(f"{name}.md").render(found, pictures=pictures))
+    return folder / f"{name}.html"
+
+
+def sections(
+    model: Model,
+    dataset: Dataset,
+    predictions: Predictions,
+    stages: Sequence[str] | None = None,
+    shown: int = 12,
+) -> list[dict[str, Any]]:
+    """Worst mistakes, labels that may be wrong, and activation maps of a net, with the pictures in them.
+
+    Arguments as in `write`.
+
+    Raises:
+        ValueError: the model has no task, or no such stage; an image cannot be decoded.
+    """
+    return _encoded(_images(model, dataset, predictions, stages, shown))
 
 
 def _cell(text: object) -> str:

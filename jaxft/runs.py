@@ -41,6 +41,7 @@ class Run:
         watch: who else is told of each epoch: tensorboard, wandb, mlflow. It changes no result.
         split_state: share out large parameters over the devices, with their momentum and average, where each holds a
             copy else. For nets with wide dense layers; it changes results by rounding alone.
+        pictures: draw curves, confusion and mistakes at the end; without them a run of many ends sooner.
 
     Raises:
         ValueError: a field out of its range.
@@ -53,6 +54,7 @@ class Run:
     keep: Literal["best", "last"] = "best"
     watch: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
     split_state: bool = False
+    pictures: bool = True
 
     def __post_init__(self):
         if not isinstance(self.folder, str | pathlib.PurePath):

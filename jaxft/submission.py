@@ -94,35 +94,47 @@ def score(submission: pathlib.Path, solution: pathlib.Path) -> dict[str, float]:
 
     Args:
         submission: as `read`.
+        solution: as `labelled`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read` and `labelled`.
+    """
+    return labelled(read(submission), solution).figures()
+
+
+def labelled(table: Probabilities, solution: pathlib.Path, columns: Sequence[str] | None = None) -> Probabilities:
+    """The table with the labels, and the groups, of a solution, in the order of the solution's files.
+
+    Args:
+        table: of the same files.
         solution: a csv of `img` and `classname`, a class's name, and perhaps `subject`, its group; or of `img` and a
             column of 0 and 1 for each class, in any order of files.
+        columns: the solution's names of the classes; by default those of the table.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: one of them is not that, or they are not of the same files and classes.
+        ValueError: it is not that, or of other files or classes.
     """
-    table = read(submission)
+    place = {name: c for c, name in enumerate(table.classes if columns is None else columns)}
     header, rows = _table(solution)
-    place = {name: c for c, name in enumerate(table.classes)}
-    columns = {name: i for i, name in enumerate(header)}
-    if header[0] != "img" or not ("classname" in columns or set(place) <= set(columns)):
+    column = {name: i for i, name in enumerate(header)}
+    if header[0] != "img" or not ("classname" in column or set(place) <= set(column)):
         raise ValueError(
-            f"{solution} has the columns {','.join(header)[:80]}; expected img,classname or img and classes"
+            f"{solution} has the columns {','.join(header)[:80]}; expected img,classname or img,{','.join(place)}"
         )
     labels, groups = {}, {}
     for row in rows:
-        if "classname" in columns:
-            found = [row[columns["classname"]]]
+        if "classname" in column:
+            found = [row[column["classname"]]]
         else:
-            found = [name for name in place if float(row[columns[name]]) == 1]
+            found = [name for name in place if row[column[name]].strip() in ("1", "1.0")]
         if len(found) != 1 or found[0] not in place:
             raise ValueError(
-                f"{solution}: {row[0]} has the class {', '.join(found) or 'none'}, not one of {', '.join(place)}"
+                f"{solution}: {row[0]} has the class {', '.join(found) or 'none'}; expected one of {', '.join(place)}"
             )
-        labels[row[0]] = place[found[0]]
-        groups[row[0]] = row[columns["subject"]] if "subject" in columns else ""
+        labels[row[0]], groups[row[0]] = place[found[0]], row[column["subject"]] if "subject" in column else ""
     table = table.ordered(list(labels))
-    return replace(table, labels=np.asarray(list(labels.values())), groups=tuple(groups.values())).figures()
+    return replace(table, labels=np.asarray(list(labels.values())), groups=tuple(groups.values()))
 
 
 def _table(path: pathlib.Path) -> tuple[list[str], list[list[str]]]:
