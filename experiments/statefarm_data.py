@@ -48,12 +48,9 @@ def open_both(data_dir: pathlib.Path | None) -> tuple[Dataset, Dataset, pathlib.
     """
     folder = data_dir.expanduser() if data_dir else KAGGLE if KAGGLE.exists() else None
     if folder is None:
-        folder = standin.render(
-            fetch.cache_folder() / f"standin-v{standin.VERSION}-solution",
-            drivers=SOLUTION[0][0],
-            images_per_driver=SOLUTION[0][1],
-            test=SOLUTION[1],
-        )
+        (drivers, images), test = SOLUTION
+        name = f"standin-v{standin.VERSION}-{drivers}x{images}-test{test[0]}x{test[1]}"
+        folder = standin.render(fetch.cache_folder() / name, drivers=drivers, images_per_driver=images, test=test)
     is_standin = (folder / standin.MARKER).exists()
     if is_standin and devices.is_writer():
         print(NOTE, flush=True)

@@ -102,12 +102,13 @@ def box(maps: np.ndarray, height: float = 0.5, width: float = 0.5) -> tuple[floa
 
     if not 0 < height <= 1 or not 0 < width <= 1:
         raise ValueError(f"a box of {height} × {width} does not lie within an image; give fractions above 0, at most 1")
-    fine = ndimage.zoom(maps.mean(0, dtype=np.float64), [200 / side for side in maps.shape[1:]], order=1)
+    mean = maps.mean(0, dtype=np.float64)
+    fine = np.asarray(ndimage.zoom(mean, [200 / side for side in mean.shape], order=1))
     sums = np.pad(fine.clip(0).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
     h, w = round(height * len(fine)), round(width * fine.shape[1])
     found = sums[h:, w:] - sums[:-h, w:] - sums[h:, :-w] + sums[:-h, :-w]
-    top, left = np.unravel_index(found.argmax(), found.shape)
-    return float(top / len(fine)), float(left / fine.shape[1]), height, width
+    top, left = divmod(int(found.argmax()), found.shape[1])
+    return top / len(fine), left / fine.shape[1], height, width
 
 
 def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:

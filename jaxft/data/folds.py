@@ -54,7 +54,7 @@ def _shares(groups: Sequence[str], names: Sequence[str], labels: Sequence[int] |
         raise ValueError(f"{len(found)} labels for {len(groups)} examples; give one for each")
     counts = np.zeros((len(names), found.max() + 1))
     place = {name: i for i, name in enumerate(names)}
-    np.add.at(counts, ([place[group] for group in groups], found), 1)
+    np.add.at(counts, (np.asarray([place[group] for group in groups]), found), 1)
     return counts if labels is None else counts / counts.sum(0)
 
 
