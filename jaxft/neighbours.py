@@ -56,7 +56,7 @@ def search(features: Any, k: int, *, block_bytes: int = 2**30) -> Neighbours:
     size = max(1, min(count, block_bytes // (4 * max(width, 1)), 2**14))
     size = -(-count // -(-count // size))  # blocks of nearly equal length
     firsts = list(range(0, count, size))
-    centre = jnp.asarray(features[:size], jnp.float32).reshape(-1, width).mean(0)
+    centre = jnp.nan_to_num(jnp.nanmean(jnp.asarray(features[:size], jnp.float32).reshape(-1, width), 0), posinf=0)
 
     def block(first: int) -> tuple[jax.Array, jax.Array]:
         rows = jnp.asarray(features[first : first + size], jnp.float32).reshape(-1, width) - centre
