@@ -31,7 +31,7 @@ def solve(tmp_path_factory):
 
 @pytest.mark.slow
 def test_all_steps_run_once_and_are_shown(solve, capsys):
-    """Bug: a step is trained again, or another answer comes out, when the command is run again; a page without a step."""
+    """Bug: a second command trains a step again, or ends with another answer; a page without a step."""
     folder = solve("--composites")
     shown = capsys.readouterr().out
     results = json.loads((folder / "seed0/results.json").read_text(encoding="utf-8"))["steps"]
