@@ -29,8 +29,8 @@ from jaxft.phase import Phase
 from jaxft.runs import Run
 
 # A quick look on two cores: small images, few folds, and most layers frozen.
-STANDIN = {"image_size": 64, "folds": 3, "epochs": 6, "schedule": InverseTime(1e-2, 5e-3), "clip_norm": 1.0}
-STANDIN |= {"freeze": ("through:block4", "through:conv4_block6"), "warp": Warp(rotation=5.0, shift=0.05)}
+STANDIN = {"image_size": 64, "folds": 3, "epochs": 6, "schedule": InverseTime(3e-2, 2e-2), "clip_norm": 1.0}
+STANDIN |= {"freeze": ("through:block4", "through:conv4_block6"), "warp": Warp(rotation=5.0, shift=0.05), "views": 1}
 
 
 def main(

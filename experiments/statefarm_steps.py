@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from experiments.standin import pretrain
@@ -209,10 +210,12 @@ class Solution:
             dataclasses.replace(self.run, folder=self.run.folder / name),
             changed=changed,
         )
+        cached = self.run.cache_features != "off" and jax.default_backend() == "cpu"  # a GPU is faster than a disk
         for fold, (trained, held_out) in enumerate(found):
             self.stages.once(f"{name}/fold{fold}-held-out", lambda held_out=held_out: held_out)
             self.stages.once(
-                f"{name}/fold{fold}-test", lambda trained=trained: ensemble.of(trained.predict(self.test), self.test)
+                f"{name}/fold{fold}-test",
+                lambda trained=trained: ensemble.of(trained.predict(self.test, cache_features=cached), self.test),
             )
 
     def augmented(self, name: str) -> Said:
@@ -229,6 +232,7 @@ class Solution:
                         opened = model.open(self.run.folder / place)
                         change = Chain((warp, jitter))
                         views = {"augment": change, "views": self.settings.views, "seed": self.run.seed}
+                        views["cache_features"] = self.run.cache_features != "off" and jax.default_backend() == "cpu"
                         return ensemble.of(opened.predict(dataset, indices, **views), dataset)
 
                     into.setdefault(member.net, []).append(self.stages.once(f"{place}-{side}-views", predict))

@@ -17,7 +17,7 @@ from jaxft.checkpoint import Checkpoints
 from jaxft.checks import check_count
 from jaxft.data import Augment, Dataset, Inputs, loader
 from jaxft.data.decode import RGB, Decode
-from jaxft.predict import EvalStep, Predictions, evaluate
+from jaxft.predict import EvalStep, Predictions, evaluate, make_eval_step
 from jaxft.pretrained import Weights
 from jaxft.provenance import describe
 from jaxft.task import TASKS, Task
@@ -106,6 +106,7 @@ class Model:
         augment: Augment | None = None,
         views: int = 4,
         seed: int = 0,
+        cache_features: bool = False,
     ) -> Predictions:
         """What the model says of images: the same to the bit in every process of one machine and batch size.
 
@@ -116,6 +117,8 @@ class Model:
             augment: predict each image as it is and augmented by this, and take the mean: test-time augmentation.
             views: how many augmented ones of each image; what is drawn depends on `seed`, the image's place in the
                 dataset and the view.
+            cache_features: keep what the frozen first stages give of the images on disk, so that other models with the
+                same ones, as those of folds, need not compute it again. Where there are none it changes nothing.
 
         Raises:
             ValueError: the model was never trained, so that size and task are not known, or fewer than one view; or as
@@ -136,7 +139,19 @@ class Model:
         variables = {kind: self.variables.get(kind, {}) for kind in ("params", "batch_stats")}
         variables = devices.replicate(variables, mesh)
 
+        stage = features.cut(self.net, list(self.variables["params"])) if cache_features and not mirrored else None
+
         def predicted(view: int | None) -> Predictions:
+            if stage is not None and view is None:
+                rows = features.on_disk(self, stage, inputs)
+                known = loader.eval_batches(inputs, None)
+                return evaluate(
+                    self._after(stage),
+                    variables,
+                    (batch | {"image": rows.take(batch["index"])} for batch in known),
+                    mesh,
+                    len(inputs),
+                )
             batches = loader.eval_batches(inputs, dataset.images, process=devices.process())
             if view is not None:
                 rows = partial(features.row, view, examples=len(dataset))
@@ -155,6 +170,10 @@ class Model:
     def _eval_step(self) -> EvalStep:  # compiled once, however often `predict` is called
         assert self.task is not None
         return features.eval_step(self.net, list(self.variables["params"]), self.preprocessing, self.task)
+
+    def _after(self, stage: str) -> EvalStep:
+        assert self.task is not None
+        return make_eval_step(self.net.apply, self.task.outputs, lambda x: x, stage)
 
     @functools.cached_property
     def _both_ways(self) -> EvalStep:
