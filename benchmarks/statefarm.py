@@ -163,7 +163,8 @@ def main(settings: Settings) -> None:
     figures |= {"hours": hours + full / 3600, "disk_gb": disk, "rows": rows}
     report.columns("The solution at full size, estimated", ("net", "step", "hours"), rows)
     print(
-        f"{figures['hours']:.1f} hours in all; {disk:.0f} GB of disk; {os.cpu_count()} cores, {hardware(devices.versions()['device'])}"
+        f"{figures['hours']:.1f} hours in all; {disk:.0f} GB of disk; {os.cpu_count()} cores, "
+        f"{hardware(devices.versions()['device'])}"
     )
     if settings.out is not None:
         settings.out.write_text(json.dumps(figures, indent=2), encoding="utf-8")

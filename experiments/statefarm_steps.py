@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from tyro.conf import OmitArgPrefixes as Flat
 
 from experiments.standin import pretrain
 from jaxft import crossval, devices, ensemble, features, files, gradcam, model, neighbours, submission, task
@@ -21,6 +22,7 @@ from jaxft.ensemble import Probabilities
 from jaxft.finetune import finetune
 from jaxft.model import Model
 from jaxft.neighbours import Neighbours
+from jaxft.optim import InverseTime, NesterovSGD
 from jaxft.phase import Phase
 from jaxft.provenance import describe
 from jaxft.runs import Run
@@ -42,20 +44,58 @@ class Member:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What the steps are; see the arguments of `statefarm_solution.main`."""
+    """What the steps are.
 
-    members: tuple[Member, ...]
-    phase: Phase
-    batch_size: int
-    image_size: int
-    changes: tuple[Warp, ColorJitter]
-    regions: tuple[str, ...]
-    composites: bool
-    views: int
-    confidence: float
-    share: float
-    folds: int
-    leak: bool
+    Attributes:
+        nets: of the zoo; all are blended, and the first is the single net of the first row.
+        weights: of each net, as in `vgg16_statefarm`; auto on the stand-in is hed-bsds500 for vgg16, and for other nets
+            what they learn from other drawn drivers. Without it auto for all.
+        freeze: of each net: none, all-but-head, through:STAGE, first:N, or a regular expression over layer names.
+        epochs: passes over the training images.
+        batch_size: images a step.
+        image_size: height and width in pixels that a net sees of an image, and of each region.
+        schedule, optimizer: of the training of all nets.
+        clip_norm: largest global norm of the trainable layers' gradient.
+        warp, jitter: of augmentation, without flips: left and right are classes.
+        regions: NAME:TOP,LEFT,HEIGHT,WIDTH in fractions of the image, each; or NAME:map, the half of the image's height
+            and width that speaks most for the right class, found from activation maps.
+        composites: also try images of the left half of one driver and the right half of another.
+        views: augmented ones of each image in prediction.
+        confidence: the least probability of a pseudo-label.
+        share: of pseudo-labels among training images, at most.
+        folds: how many, by driver.
+        leak: also show what random folds would say.
+        dtype: of the computation: float32, bfloat16; auto is bfloat16 on a GPU and float32 on a CPU.
+    """
+
+    nets: tuple[str, ...] = ("vgg16", "resnet50")
+    weights: tuple[str, ...] = ()
+    freeze: tuple[str, ...] = ("first:10", "none")
+    epochs: int = 10
+    batch_size: int = 16
+    image_size: int = 224
+    schedule: Flat[InverseTime] = InverseTime(1e-3, 1e-6)
+    optimizer: Flat[NesterovSGD] = NesterovSGD()
+    clip_norm: float | None = None
+    warp: Flat[Warp] = Warp(rotation=10.0, shift=0.1)
+    jitter: Flat[ColorJitter] = ColorJitter(brightness=0.2, contrast=0.2, saturation=0.2)
+    regions: tuple[str, ...] = REGIONS
+    composites: bool = False
+    views: int = 4
+    confidence: float = 0.9
+    share: float = 0.5
+    folds: int = 5
+    leak: bool = True
+    dtype: str = "auto"
+
+    @property
+    def change(self) -> Chain:
+        """The augmentation of training and of test-time views."""
+        return Chain((self.warp, self.jitter))
+
+    def phase(self, member: Member) -> Phase:
+        """The one phase in which a net is trained."""
+        return Phase(self.epochs, self.schedule, self.optimizer, member.freeze, clip_norm=self.clip_norm)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,14 +144,14 @@ class Solved:
     runs: list[pathlib.Path]
 
 
-def members(
-    nets: Sequence[str], weights: Sequence[str], freeze: Sequence[str], is_standin: bool, dtype: str
-) -> tuple[Member, ...]:
+def members(settings: Settings, is_standin: bool) -> tuple[Member, ...]:
     """The nets with their settings side by side.
 
     Raises:
         ValueError: not one weight file and one freezing for each net, or a net twice.
     """
+    nets, freeze = settings.nets, settings.freeze
+    weights = settings.weights or ("auto",) * len(nets)
     if not len(nets) == len(weights) == len(freeze) or len(set(nets)) < len(nets):
         raise ValueError(
             f"nets {list(nets)}, weights {list(weights)}, freeze {list(freeze)}: give one of each, and a net once"
@@ -123,15 +163,23 @@ def members(
         return str(pretrain.weights(net)) if is_standin else "imagenet"
 
     rows = zip(nets, weights, freeze, strict=True)
-    return tuple(Member(net, start(net, word), frozen, dtype) for net, word, frozen in rows)
+    return tuple(Member(net, start(net, word), frozen, settings.dtype) for net, word, frozen in rows)
 
 
 class Solution:
     """The data, folds and folder of one seed, and what every step needs of them."""
 
-    def __init__(self, settings: Settings, train: Dataset, test: Dataset, folder: pathlib.Path, run: Run):
+    def __init__(
+        self,
+        settings: Settings,
+        members: tuple[Member, ...],
+        train: Dataset,
+        test: Dataset,
+        folder: pathlib.Path,
+        run: Run,
+    ):
         """`folder` holds Kaggle's files: a sample submission perhaps, and for the stand-in the test set's classes."""
-        self.settings, self.train, self.test, self.run = settings, train, test, run
+        self.settings, self.members, self.train, self.test, self.run = settings, members, train, test, run
         self.answers = folder / "solution.csv" if (folder / "solution.csv").exists() else None
         sample = folder / "sample_submission.csv"
         self.asked = submission.sample(sample)[0] if sample.exists() else list(test.names)
@@ -146,6 +194,7 @@ class Solution:
         self.both = crossval.joined(train, test, f"{train.name} with test")
         data = {"train": train.fingerprint, "test": hashlib.sha256(b"".join(test.digests)).hexdigest()}
         record = json.loads(json.dumps(describe(settings), default=str)) | {"data": data, "seed": run.seed}
+        record["members"] = [dataclasses.asdict(member) for member in members]
         self.stages = crossval.Stages(run.folder, record)
 
     def start(self, member: Member, recipe: Recipe) -> Model:
@@ -166,16 +215,15 @@ class Solution:
     def inputs(self, recipe: Recipe, dataset: Dataset, indices: np.ndarray) -> Inputs:
         """Training images as the recipe wants them; regions are cut from images of twice the size."""
         side = self.settings.image_size * (2 if recipe.regions else 1)
-        warp, jitter = self.settings.changes
-        doubled: dict[str, Any] = {"augment": Chain((warp, jitter)), "views": 2, "plain_view": True}
+        doubled: dict[str, Any] = {"augment": self.settings.change, "views": 2, "plain_view": True}
         if recipe.composites:  # which are new in every step
-            doubled = {"augment": Chain((warp, jitter)), "mix": Halves()}
+            doubled = {"augment": self.settings.change, "mix": Halves()}
         return Inputs(dataset, indices, (side, side), self.settings.batch_size, **(doubled if recipe.augmented else {}))
 
     def trained(self, name: str, recipe: Recipe, targets: Mapping[str, list[np.ndarray]] | None = None) -> Said:
         """The folds of every net under a recipe; those that are done are read."""
         held_out, test = {}, {}
-        for member in self.settings.members:
+        for member in self.members:
             places = [f"{name}/{member.net}/fold{fold}" for fold in range(self.settings.folds)]
             tables = [f"{place}-{side}" for place in places for side in ("held-out", "test")]
             if not self.stages.has(*tables):
@@ -206,7 +254,7 @@ class Solution:
             task.classification(),
             inputs,
             fold_of,
-            [dataclasses.replace(self.settings.phase, frozen=member.freeze)],
+            [self.settings.phase(member)],
             dataclasses.replace(self.run, folder=self.run.folder / name),
             changed=changed,
         )
@@ -220,9 +268,8 @@ class Solution:
 
     def augmented(self, name: str) -> Said:
         """Test-time augmentation of the nets of a step."""
-        warp, jitter = self.settings.changes
         held_out, test = {}, {}
-        for member in self.settings.members:
+        for member in self.members:
             for fold in range(self.settings.folds):
                 place = f"{name}/{member.net}/fold{fold}"
                 for side, dataset, into in (("held-out", self.train, held_out), ("test", self.test, test)):
@@ -230,8 +277,8 @@ class Solution:
 
                     def predict(place: str = place, dataset: Dataset = dataset, indices: np.ndarray = indices):
                         opened = model.open(self.run.folder / place)
-                        change = Chain((warp, jitter))
-                        views = {"augment": change, "views": self.settings.views, "seed": self.run.seed}
+                        views: dict[str, Any] = {"augment": self.settings.change, "views": self.settings.views}
+                        views["seed"] = self.run.seed
                         views["cache_features"] = self.run.cache_features != "off" and jax.default_backend() == "cpu"
                         return ensemble.of(opened.predict(dataset, indices, **views), dataset)
 
@@ -243,8 +290,7 @@ class Solution:
 
         One image of each class is left out, as a run has to be judged on something; nothing is chosen by it.
         """
-        warp, jitter = self.settings.changes
-        change: dict[str, Any] = {"augment": Chain((warp, jitter)), "views": self.settings.views, "seed": self.run.seed}
+        change: dict[str, Any] = {"augment": self.settings.change, "views": self.settings.views, "seed": self.run.seed}
         dataset = self.train if targets is None else self.both
         left_out = np.unique(self.train.labels, return_index=True)[1]
         indices = np.setdiff1d(np.arange(len(self.train)), left_out)
@@ -253,14 +299,14 @@ class Solution:
         inputs = dataclasses.replace(self.inputs(recipe, dataset, indices), targets=targets)
 
         def make(member: Member) -> Probabilities:
-            phase = dataclasses.replace(self.settings.phase, frozen=member.freeze)
+            phase = self.settings.phase(member)
             run = dataclasses.replace(self.run, folder=self.run.folder / f"refit/{member.net}", keep="last")
             judged = crossval.held_out(inputs, left_out)
             start, goal = self.start(member, recipe), task.classification()
             trained, _ = finetune(start, goal, inputs, judged, [phase], run, config={"after": name})
             return ensemble.of(trained.predict(self.test, **(change if viewed else {})), self.test)
 
-        found = {m.net: self.stages.once(f"refit/{m.net}-test", lambda m=m: make(m)) for m in self.settings.members}
+        found = {m.net: self.stages.once(f"refit/{m.net}-test", lambda m=m: make(m)) for m in self.members}
         return Said(said.held_out, {net: [*tables, found[net]] for net, tables in said.test.items()})
 
     def mean(self, said: Said) -> tuple[Probabilities, Probabilities]:
@@ -288,11 +334,11 @@ class Solution:
             targets = np.full((len(self.both), len(self.train.classes)), np.nan, np.float32)
             targets[len(self.train) + rows] = soft / soft.sum(1, keepdims=True)
             found.append(targets)
-        return {member.net: found for member in self.settings.members}
+        return {member.net: found for member in self.members}
 
     def neighbours(self) -> tuple[list[Neighbours], Neighbours]:
         """(of each fold's images among themselves, of the test images), by features of the first net's start."""
-        start = self.start(self.settings.members[0], Recipe())
+        start = self.start(self.members[0], Recipe())
         stage = gradcam.stages(start, (self.settings.image_size,) * 2 + (3,))[-1]
 
         def of(dataset: Dataset, indices: np.ndarray) -> Neighbours:
@@ -307,7 +353,7 @@ class Solution:
         """NAME:TOP,LEFT,HEIGHT,WIDTH, or NAME:map, as a row of `nets.create`."""
         name, colon, where = word.partition(":")
         if colon and where == "map":
-            opened = model.open(self.run.folder / f"single nets/{self.settings.members[0].net}/fold0")
+            opened = model.open(self.run.folder / f"single nets/{self.members[0].net}/fold0")
             some = np.linspace(0, len(self.train) - 1, min(MAPPED, len(self.train))).astype(int)
             assert opened.image_size is not None
             pixels = [
@@ -326,13 +372,15 @@ class Solution:
         return submission.labelled(table, self.answers, list(CLASSES)).ordered(table.names)
 
 
-def solve(settings: Settings, train: Dataset, test: Dataset, folder: pathlib.Path, run: Run) -> Solved:
+def solve(
+    settings: Settings, members: tuple[Member, ...], train: Dataset, test: Dataset, folder: pathlib.Path, run: Run
+) -> Solved:
     """All steps for one seed; writes `submission.csv` and tables of every step into the run's folder.
 
     Raises:
         ValueError: the folder holds a solution of other settings; or as the parts.
     """
-    solution = Solution(settings, train, test, folder, run)
+    solution = Solution(settings, members, train, test, folder, run)
     steps: list[Step] = []
 
     def tell(name: str, note: str, pair: tuple[Probabilities | None, Probabilities | None], **said: Any) -> Step:
@@ -342,13 +390,13 @@ def solve(settings: Settings, train: Dataset, test: Dataset, folder: pathlib.Pat
 
     recipe, name = Recipe(), "single nets"
     said = solution.trained(name, recipe)
-    first = settings.members[0].net
+    first = members[0].net
     single = said.held_out[first][0], said.test[first][0]
     tell("single net, single fold", f"{first}, fold 0 of {settings.folds}", single)
     if settings.leak:
         tell("the same, random folds", "consecutive frames leak: means nothing", (_leak(solution), None), apart=True)
     best = solution.mean(said)
-    tell("folds and nets", f"geometric mean of {settings.folds} folds × {len(settings.members)} nets", best, kept=True)
+    tell("folds and nets", f"geometric mean of {settings.folds} folds × {len(members)} nets", best, kept=True)
     changes: list[tuple[str, str, Callable[[], Recipe]]] = [
         (
             "views",
@@ -387,9 +435,7 @@ def solve(settings: Settings, train: Dataset, test: Dataset, folder: pathlib.Pat
     tell("refit on all drivers", "its nets join the ensemble; out of fold nothing changes", best)
     best = _transductive(solution, _corrected(solution, said, best, tell), tell)
     submission.write(run.folder / "submission.csv", best[1], solution.asked, list(CLASSES))
-    runs = [
-        run.folder / f"{name}/{member.net}/fold{fold}" for member in settings.members for fold in range(settings.folds)
-    ]
+    runs = [run.folder / f"{name}/{member.net}/fold{fold}" for member in members for fold in range(settings.folds)]
     rows = [row(step) for step in steps]
     files.write_json(run.folder / "results.json", {"seed": run.seed, "steps": rows})
     return Solved(run, steps, runs)
@@ -420,13 +466,13 @@ def _better(found: tuple[Probabilities, Probabilities], best: tuple[Probabilitie
 
 def _leak(solution: Solution) -> Probabilities:
     """Out-of-fold predictions of the first net over folds by chance."""
-    member = solution.settings.members[0]
+    member = solution.members[0]
     name = f"random folds/{member.net}"
 
     def make() -> Probabilities:
         fold_of = folds.random_folds(solution.train.labels, solution.settings.folds, seed=solution.run.seed)
         inputs = solution.inputs(Recipe(), solution.train, np.arange(len(solution.train)))
-        phases = [dataclasses.replace(solution.settings.phase, frozen=member.freeze)]
+        phases = [solution.settings.phase(member)]
         run = dataclasses.replace(solution.run, folder=solution.run.folder / name)
         start = solution.start(member, Recipe())
         found = crossval.folds(start, task.classification(), inputs, fold_of, phases, run)
@@ -446,7 +492,7 @@ def _corrected(solution: Solution, said: Said, best: Pair, tell: Callable[..., S
             fitted = fit(tables)
             pair = ensemble.cross_fitted(fit, tables, fold_of), fitted(tests)
             if isinstance(fitted, ensemble.Blend):
-                shares = zip((m.net for m in solution.settings.members), fitted.weights, strict=True)
+                shares = zip((m.net for m in solution.members), fitted.weights, strict=True)
                 note = "weights " + ", ".join(f"{net} {share:.2f}" for net, share in shares)
             else:
                 note = "for each class the nets that are best at it"

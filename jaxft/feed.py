@@ -156,9 +156,7 @@ def make(
         if cache:
             return batch | {"image": cache[_name(view)].take(batch["index"])}
         batch = train_side.fill(batch)
-        if view is None:
-            return batch
-        return batch | {"row": features.row(view, batch["index"], len(inputs.dataset), plain_view=inputs.plain_view)}
+        return batch if view is None else batch | {"row": _row(inputs, view, batch["index"])}
 
     def dispatches(first: int, last: int) -> Iterator[Dispatch]:
         for step, batch, count in _stream(train_side, run, at_once, first, last):
@@ -253,6 +251,10 @@ def _open_cache(
     if opened is not None and "held out" not in opened:
         opened["held out"] = opened["train"]
     return opened
+
+
+def _row(inputs: Inputs, view: int, index: np.ndarray) -> np.ndarray:
+    return features.row(view, index, len(inputs.dataset), plain_view=inputs.plain_view)
 
 
 def steps_at_once(shape: tuple[int, ...]) -> int:

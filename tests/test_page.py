@@ -180,5 +180,5 @@ def test_templates_are_packed():
     with (root / "pyproject.toml").open("rb") as file:
         settings = tomllib.load(file)["tool"]["setuptools"]
     assert "jaxft.templates" in settings["packages"]
-    assert settings["package-data"]["jaxft.templates"] == ["*.html", "*.md"]
+    assert settings["package-data"]["jaxft.templates"] == ["*.html", "*.md", "*.css"]
     assert (root / "jaxft" / "templates" / "report.html").is_file()

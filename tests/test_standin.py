@@ -88,10 +88,10 @@ def test_an_interrupted_drawing_leaves_nothing(tmp_path, monkeypatch):
     """Bug: a half-drawn folder is taken for a whole set by the next run."""
     draw_one = standin.jpeg
 
-    def fails(seed, driver, image):
+    def fails(seed, driver, image, scale):
         if image == 7:
             raise KeyboardInterrupt
-        return draw_one(seed, driver, image)
+        return draw_one(seed, driver, image, scale)
 
     monkeypatch.setattr(standin, "jpeg", fails)
     with pytest.raises(KeyboardInterrupt):

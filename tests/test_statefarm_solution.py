@@ -65,6 +65,7 @@ def test_pseudo_labels_of_a_fold_come_from_nets_that_never_saw_it(solve):
 
 def test_the_members_are_checked():
     """Bug: a net without a weight file, or twice in the blend."""
-    for nets, weights, freeze in ((["vgg16"], ["none", "none"], ["none"]), (["vgg16"] * 2, ["none"] * 2, ["none"] * 2)):
+    for nets, weights in ((("vgg16",), ("none", "none")), (("vgg16",) * 2, ("none",) * 2)):
+        settings = statefarm_steps.Settings(nets=nets, weights=weights, freeze=("none",) * len(nets))
         with pytest.raises(ValueError, match="give one of each, and a net once"):
-            statefarm_steps.members(nets, weights, freeze, True, "float32")
+            statefarm_steps.members(settings, True)
