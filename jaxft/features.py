@@ -205,17 +205,16 @@ def on_disk(model: Any, stage: str, inputs: Inputs) -> Rows:
     def plain(found: Mapping[str, jax.Array]) -> jax.Array:
         return found[stage]
 
-    made = {"data": inputs.dataset.fingerprint, "size": inputs.image_size, "decode": dataclasses.asdict(inputs.decode)}
-    made |= {"preprocessing": model.preprocessing, "dtype": str(model.net.dtype), "batch_size": inputs.batch_size}
     _check_stages(model, [stage])
-    like = jax.eval_shape(
-        make_prefix(model.net, stage, preprocess.get(model.preprocessing)),
-        model.variables,
-        jax.ShapeDtypeStruct((1, *inputs.image_size, inputs.decode.channels), np.uint8),
-        None,
-    )
-    found = identity(model.net, model.variables, stage, **made)
-    rows = Rows("features", f"{found['net'].lower()}-{stage}", found, inputs.indices, like.shape[1:], np.float32)
+    height, width = inputs.image_size
+    images = jax.ShapeDtypeStruct((inputs.batch_size, height, width, inputs.decode.channels), np.uint8)
+    prefix = make_prefix(model.net, stage, preprocess.get(model.preprocessing))
+    lowered = prefix.lower(model.variables, images, None)
+    shape = lowered.out_info.shape[1:]
+    made = {"data": inputs.dataset.fingerprint, "size": inputs.image_size, "decode": dataclasses.asdict(inputs.decode)}
+    made["program"] = hashlib.sha256(lowered.as_text().encode()).hexdigest()
+    found = identity(model.net, model.variables, stage, preprocessing=model.preprocessing, **made)
+    rows = Rows("features", f"{found['net'].lower()}-{stage}", found, inputs.indices, shape, np.float32)
     if reason := no_room([rows]):
         raise OSError(reason)
     rows.fill(lambda indices: _computed(model, [stage], dataclasses.replace(inputs, indices=indices), plain))

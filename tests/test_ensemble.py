@@ -2,13 +2,13 @@
 
 import dataclasses
 
+import drawn_tables
 import numpy as np
 import pytest
 from sklearn import metrics
 
 from jaxft import ensemble
 from jaxft.ensemble import Probabilities
-from tests import drawn_tables
 
 
 @pytest.fixture

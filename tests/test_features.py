@@ -408,3 +408,49 @@ def test_features_in_one_call():
         features.of(made, "boddy", inputs)
     with pytest.raises(ValueError, match="say image_size"):
         features.of(made, "body", data)
+
+
+def test_a_doubled_set_is_the_images_and_their_copies(tmp_path, cache_folder):  # noqa: F811
+    """Bug: the first view of a doubled set is augmented, or its cached features are not what steps compute."""
+    inputs = {"augment": augment.Warp(rotation=90.0), "views": 2, "plain_view": True}
+    frozen_run(tmp_path / "cached", inputs=inputs, cache_features="on")
+    frozen_run(tmp_path / "computed", inputs=inputs, cache_features="off")
+    assert_same_runs(tmp_path / "cached", tmp_path / "computed")
+    frozen_run(tmp_path / "views", inputs=inputs | {"plain_view": False}, cache_features="off")
+    frozen_run(tmp_path / "plain", inputs={}, cache_features="off")
+    first = [float(tiny.history(tmp_path / name)[0]["train_loss"]) for name in ("computed", "views", "plain")]
+    assert first[0] == pytest.approx(first[2], rel=1e-5) and first[0] != pytest.approx(first[1], rel=1e-4)
+    with pytest.raises(ValueError, match="without views"):
+        frozen_run(tmp_path / "none", inputs={"plain_view": True})
+
+
+def test_predictions_from_cached_features_and_of_augmented_views(tmp_path, cache_folder):  # noqa: F811
+    """Bug: another fold's features are computed again; views are all the same; the plain image is left out."""
+    trained, _ = frozen_run(tmp_path / "run", cache_features="off")
+    data = tiny.dataset()
+    plain = trained.predict(data)
+    cached = trained.predict(data, cache_features=True)
+    np.testing.assert_allclose(cached.outputs, plain.outputs, rtol=1e-5)
+    files = list((cache_folder / "features").iterdir())
+    again = trained.predict(data, cache_features=True)
+    np.testing.assert_array_equal(again.outputs, cached.outputs)
+    assert list((cache_folder / "features").iterdir()) == files and len(files) == 1
+    nothing = trained.predict(data, augment=augment.Warp(), views=2)
+    np.testing.assert_allclose(nothing.outputs, plain.outputs, rtol=1e-6)
+    change = augment.ColorJitter(brightness=1.0)
+    viewed = [trained.predict(data, augment=change, views=3, seed=seed).outputs for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(viewed[0], viewed[1])
+    assert np.abs(viewed[0] - viewed[2]).max() > 1e-4 and np.abs(viewed[0] - plain.outputs).max() > 1e-4
+    with pytest.raises(ValueError, match="views"):
+        trained.predict(data, augment=change, views=0)
+
+
+def test_stages_side_by_side():
+    """Bug: pools are of another axis; a stage without places is pooled."""
+    start, data = tiny.model(), tiny.dataset()
+    both = features.of_stages(start, ["body", "mean"], data, ("mean", "max"), image_size=(8, 8))
+    body = features.of(start, "body", data, pool=False, image_size=(8, 8))
+    expected = [body.mean((1, 2)), body.max((1, 2)), features.of(start, "mean", data, image_size=(8, 8))]
+    np.testing.assert_allclose(both, np.concatenate(expected, 1), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="expected some of mean, max, std"):
+        features.of_stages(start, ["body"], data, ("median",), image_size=(8, 8))

@@ -103,3 +103,34 @@ def test_a_split_with_an_empty_part_is_refused(fraction):
     """Fails when a part comes out empty without a word."""
     with pytest.raises(ValueError, match="leaves a part empty"):
         folds.stratified_split([0] * 10, fraction)
+
+
+def test_labels_are_balanced_as_well():
+    """Bug: a fold without a rare class; labels decide nothing."""
+    rng = np.random.default_rng(0)
+    groups = [f"p{i}" for i in rng.integers(0, 26, 3000)]
+    rare = np.isin(groups, ["p1", "p2", "p3", "p4", "p5", "p6"])  # a class of few drivers
+    labels = np.where(rare & (rng.random(3000) < 0.3), 9, rng.integers(0, 9, 3000))
+    spread = {}
+    for name, given in (("with", labels), ("without", None)):
+        fold_of = folds.group_folds(groups, 5, labels=given, seed=1)
+        shares = [np.bincount(labels[fold_of == k], minlength=10) / np.bincount(labels) for k in range(5)]
+        spread[name] = np.abs(np.stack(shares) - 0.2).max()
+        folds.check_folds(groups, fold_of)
+    assert spread["with"] < 0.13 and spread["with"] < 0.7 * spread["without"]
+    with pytest.raises(ValueError, match="5 labels for 3000 examples"):
+        folds.group_folds(groups, 5, labels=labels[:5])
+    few = folds.group_folds(["a", "b", "c"], 3, labels=[0, 1, 1])
+    assert sorted(few.tolist()) == [0, 1, 2]
+
+
+def test_random_folds_have_every_label_in_proportion_and_divide_groups():
+    """Bug: what is to show the leak keeps groups whole."""
+    labels = np.arange(120) % 3
+    fold_of = folds.random_folds(labels, 4)
+    assert all((np.bincount(labels[fold_of == k]) == 10).all() for k in range(4))
+    with pytest.raises(ValueError, match="is in the folds"):
+        folds.check_folds([f"p{i % 6}" for i in range(120)], fold_of)
+    assert not np.array_equal(fold_of, folds.random_folds(labels, 4, seed=1))
+    with pytest.raises(ValueError, match="choose 2 to 120"):
+        folds.random_folds(labels, 1)

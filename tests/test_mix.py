@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft.data.mix import CutMix, Mixup
+from jaxft.data.mix import CutMix, Halves, Mixup
 
 SIZE = 8
 
@@ -103,3 +103,27 @@ def test_what_cannot_be_mixed_is_refused(make, message):
     """Bug: class 3 and class 5 become class 4."""
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_halves_come_from_images_of_one_class():
+    """Bug: the right half is that of another class; nothing is composed; an image of a class of its own changes."""
+    target = np.eye(3, dtype=np.float32)[[0, 0, 0, 1, 1, 1, 1, 2]]
+    shades = np.arange(8, dtype=np.float32) * 30
+    images = np.broadcast_to(shades[:, None, None, None], (8, 4, 6, 3))
+    composed, whole = 0, 0
+    for seed in range(20):
+        made, labels = compiled(Halves(0.5))(jax.random.key(seed), images, {"target": target})
+        made = np.asarray(made)
+        np.testing.assert_array_equal(labels["target"], target)
+        left, right = made[:, 0, 0, 0], made[:, 0, -1, 0]
+        np.testing.assert_array_equal(left, shades)
+        partner = (right / 30).round().astype(int)
+        np.testing.assert_array_equal(target[partner], target)
+        assert (made[:, :, :3] == left[:, None, None, None]).all() and (
+            made[:, :, 3:] == right[:, None, None, None]
+        ).all()
+        composed += int((partner != np.arange(8)).sum())
+        whole += int((partner == np.arange(8)).sum())
+    assert composed > 20 and whole > 60
+    with pytest.raises(ValueError, match="one-hot classes"):
+        Halves()(jax.random.key(0), images, {"target": target.argmax(1)})

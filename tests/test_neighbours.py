@@ -2,12 +2,12 @@
 
 import dataclasses
 
+import drawn_tables
 import numpy as np
 import pytest
 
 from jaxft import neighbours
 from jaxft.neighbours import Average, Neighbours, Share
-from tests import drawn_tables
 
 
 def films(count, length, width=24, seed=0, step=0.05):

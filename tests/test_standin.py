@@ -155,3 +155,22 @@ def test_bad_requests(tmp_path):
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(OSError, match="file"):
         standin.render(tmp_path / "file" / "data", drivers=1, images_per_driver=10)
+
+
+def test_a_test_set_of_other_drivers_in_random_order(tmp_path):
+    """Bug: names tell the order of the film; a driver of the training set; the solution does not fit the pictures."""
+    root = standin.render(tmp_path / "data", drivers=2, images_per_driver=10, test=(3, 20), scale=0.25)
+    rows = list(csv.DictReader((root / "solution.csv").read_text(encoding="utf-8").splitlines()))
+    sample = list(csv.DictReader((root / "sample_submission.csv").read_text(encoding="utf-8").splitlines()))
+    assert [row["img"] for row in sample] == [row["img"] for row in rows]
+    assert {row["img"] for row in rows} == {path.name for path in (root / "imgs/test").iterdir()} and len(rows) == 60
+    train = set(csv.DictReader((root / "driver_imgs_list.csv").read_text(encoding="utf-8").splitlines()).__next__())
+    assert train and not {row["subject"] for row in rows} & {"p000", "p001"}
+    in_order = sorted(rows, key=lambda row: int(row["img"][4:-4]))
+    assert len({row["subject"] for row in in_order[:12]}) == 3  # no driver's pictures come together
+    name, label = rows[0]["img"], int(rows[0]["classname"][1:])
+    drawn = [
+        standin.jpeg(0, standin.TEST + driver, image, 0.25) for driver in range(3) for image in range(label, 20, 10)
+    ]
+    assert (root / "imgs/test" / name).read_bytes() in drawn
+    assert simplejpeg.decode_jpeg_header(drawn[0])[:2] == (120, 160)

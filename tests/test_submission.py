@@ -2,12 +2,12 @@
 
 import csv
 
+import drawn_tables
 import numpy as np
 import pytest
 from sklearn import metrics
 
 from jaxft import submission
-from tests import drawn_tables
 
 
 @pytest.fixture

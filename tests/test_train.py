@@ -19,6 +19,7 @@ from tiny import assert_same, kept_programs, leaves  # noqa: F401
 
 from jaxft import devices, feed, optim, predict, task, train, train_state
 from jaxft.checkpoint import Checkpoints
+from jaxft.data import Inputs, loader
 from jaxft.phase import Phase
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
@@ -492,3 +493,32 @@ def test_progress_is_json_that_comes_back(tmp_path):
 
     progress = train.Progress(1, ["conv1"], [{"epoch": 1, "val_loss": 0.1 + 0.2}], {"loss": 1 / 3, "steps": 2})
     assert train.Progress(**json.loads(json.dumps(dataclasses.asdict(progress)))) == progress
+
+
+def test_soft_targets_are_learnt_in_place_of_labels(tmp_path):
+    """Bug: the label is learnt all the same; an image without a label is left out though it has a target."""
+    data = tiny.dataset()
+    labels = data.labels.copy()
+    labels[:5] = -1
+    data = dataclasses.replace(data, labels=labels)
+    targets = np.full((len(data), 3), np.nan, np.float32)
+    targets[:5] = [0.2, 0.3, 0.5]
+    inputs = Inputs(data, np.arange(5), (8, 8), 5, targets=targets)
+    batch = next(iter(loader.train_batches(inputs, data.images, seed=0)))
+    np.testing.assert_allclose(batch["target"], targets[:5])
+    assert batch["known"].all()
+    mixed = dataclasses.replace(inputs, indices=np.arange(3, 8))
+    batch = next(iter(loader.train_batches(mixed, data.images, seed=0)))
+    own = batch["index"] >= 5
+    np.testing.assert_array_equal(batch["target"][own], np.eye(3)[labels[batch["index"][own]]])
+    hard = targets.copy()
+    hard[5:20] = np.roll(np.eye(3, dtype=np.float32)[labels[5:20]], 1, 1)  # all wrong
+    kept = [
+        tiny.run(tmp_path / str(i), data=data, inputs={"targets": t})[1] for i, t in enumerate((None, targets, hard))
+    ]
+    assert all(np.isfinite(found.outputs).all() for found in kept)
+    assert np.abs(kept[0].outputs - kept[1].outputs).max() > 1e-4
+    assert np.abs(kept[1].outputs - kept[2].outputs).max() > 1e-3
+    for wrong, match in ((targets[:3], "expected floats \\[30, 3\\]"), (np.nan_to_num(targets), "sum")):
+        with pytest.raises(ValueError, match=match):
+            Inputs(data, np.arange(5), (8, 8), 5, targets=wrong)
