@@ -28,6 +28,8 @@ from jaxft.provenance import describe
 from jaxft.runs import Run
 
 REGIONS = ("whole:0,0,1,1", "head:0.05,0.2,0.5,0.5", "corner:0.5,0.5,0.5,0.5")  # by hand, as the winner's
+Pair = tuple[Probabilities, Probabilities]  # out of fold, and of the test images
+
 NEAREST = 20  # neighbours that are searched
 MAPPED = 200  # images whose activation maps choose a region
 
@@ -413,11 +415,13 @@ def solve(
     for change, note, change_recipe in changes:
         tried = change_recipe()
         found = solution.trained(change, tried)
-        if tell(change, note, solution.mean(found), kept=_better(solution.mean(found), best)).kept:
+        if tell(change, note, solution.mean(found), kept=_better(solution, solution.mean(found), best)).kept:
             said, best, recipe, name = found, solution.mean(found), tried, change
     found = solution.augmented(name)
     note = f"mean of the image and {settings.views} augmented ones"
-    viewed = tell("test-time augmentation", note, solution.mean(found), kept=_better(solution.mean(found), best)).kept
+    viewed = tell(
+        "test-time augmentation", note, solution.mean(found), kept=_better(solution, solution.mean(found), best)
+    ).kept
     if viewed:
         said, best = found, solution.mean(found)
     targets = solution.targets(said)
@@ -427,7 +431,7 @@ def solve(
             found = solution.augmented("pseudo-labels")
         count = int(np.mean([(~np.isnan(fold[:, 0])).sum() for fold in targets[first]]))
         note = f"soft labels of {count:,} test images from {settings.confidence:.0%} on"
-        if tell("pseudo-labels", note, solution.mean(found), kept=_better(solution.mean(found), best)).kept:
+        if tell("pseudo-labels", note, solution.mean(found), kept=_better(solution, solution.mean(found), best)).kept:
             said, best, name = found, solution.mean(found), "pseudo-labels"
     pseudo = targets[first] if name == "pseudo-labels" else None
     said = solution.refit(said, recipe, name, None if pseudo is None else _any_fold(pseudo), viewed=bool(viewed))
@@ -460,8 +464,20 @@ def row(step: Step) -> dict[str, Any]:
     return found
 
 
-def _better(found: tuple[Probabilities, Probabilities], best: tuple[Probabilities, Probabilities]) -> bool:
+def _lower(found: Pair, best: Pair) -> bool:
     return found[0].figures()["loss"] < best[0].figures()["loss"]
+
+
+def _better(solution: Solution, found: Pair, best: Pair) -> bool:
+    """Whether the out-of-fold log loss falls, each side at its own temperature, fitted on other folds.
+
+    Without it a step that makes an ensemble less sure, as every mean does, is refused for what one number mends.
+    """
+    tempered = (
+        ensemble.cross_fitted(ensemble.fit_temperature, pair[0], solution.fold_of).figures()["loss"]
+        for pair in (found, best)
+    )
+    return next(tempered) < next(tempered)
 
 
 def _leak(solution: Solution) -> Probabilities:
@@ -481,9 +497,6 @@ def _leak(solution: Solution) -> Probabilities:
     return solution.stages.once(f"{name}/out-of-fold", make)
 
 
-Pair = tuple[Probabilities, Probabilities]
-
-
 def _corrected(solution: Solution, said: Said, best: Pair, tell: Callable[..., Step]) -> Pair:
     """Weights of the nets, then corrections, each fitted on other folds than it is judged on."""
     tables, tests, fold_of = solution.out_of_fold(said), solution.of_test(said), solution.fold_of
@@ -496,7 +509,7 @@ def _corrected(solution: Solution, said: Said, best: Pair, tell: Callable[..., S
                 note = "weights " + ", ".join(f"{net} {share:.2f}" for net, share in shares)
             else:
                 note = "for each class the nets that are best at it"
-            if tell(name, note, pair, kept=_better(pair, best)).kept:
+            if tell(name, note, pair, kept=_better(solution, pair, best)).kept:
                 best = pair
     for name, fit in (
         ("class biases", ensemble.fit_bias),
@@ -507,7 +520,7 @@ def _corrected(solution: Solution, said: Said, best: Pair, tell: Callable[..., S
         pair = ensemble.cross_fitted(fit, best[0], fold_of), fitted(best[1])
         values = dataclasses.astuple(fitted)[0]
         note = f"{values:.3g}" if isinstance(values, float) else ", ".join(f"{value:+.2f}" for value in values)
-        if tell(name, note, pair, kept=_better(pair, best)).kept:
+        if tell(name, note, pair, kept=_lower(pair, best)).kept:
             best = pair
     return best
 
@@ -529,7 +542,7 @@ def _transductive(solution: Solution, best: Pair, tell: Callable[..., Step]) -> 
     averaged = [but(fold)(part, found) for fold, (part, found) in enumerate(zip(parts, within, strict=True))]
     pair = joined(averaged), average(best[1], of_test)
     note = f"mean over {average.k} nearest, width {average.width:g}; transductive"
-    step = tell("neighbours", note, pair, kept=_better(pair, best), apart=True)
+    step = tell("neighbours", note, pair, kept=_lower(pair, best), apart=True)
     if step.kept:
         best, parts = pair, averaged
     share = neighbours.Share()
@@ -539,7 +552,7 @@ def _transductive(solution: Solution, best: Pair, tell: Callable[..., Step]) -> 
     lengths = np.bincount(of_test_pieces)
     films = lengths[lengths > 1]
     note = f"{len(films):,} pieces of film with {films.sum():,} test images; transductive"
-    if tell("segments", note, pair, kept=_better(pair, best), apart=True).kept:
+    if tell("segments", note, pair, kept=_lower(pair, best), apart=True).kept:
         best = pair
     return best
 
