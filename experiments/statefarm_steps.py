@@ -438,6 +438,7 @@ def solve(
     best = best[0], solution.mean(said)[1]
     tell("refit on all drivers", "its nets join the ensemble; out of fold nothing changes", best)
     best = _transductive(solution, _corrected(solution, said, best, tell), tell)
+    ensemble.write(run.folder / "out-of-fold.csv", best[0])
     submission.write(run.folder / "submission.csv", best[1], solution.asked, list(CLASSES))
     runs = [run.folder / f"{name}/{member.net}/fold{fold}" for member in members for fold in range(settings.folds)]
     rows = [row(step) for step in steps]

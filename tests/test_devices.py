@@ -369,6 +369,7 @@ def test_a_whole_run_of_two_processes(port, tmp_path):
     assert not [path for path in (tmp_path / "both").rglob("*") if path.name.endswith((".part", "probe"))]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_other_numbers_of_processes(tmp_path):
     """Bug: a checkpoint is of so many processes or devices; or shared-out parameters are saved in part."""
     environment = {
@@ -422,6 +423,7 @@ print("RESULT", json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_kernels_of_a_cpu_leave_a_batch_where_it_is():
     """Bug: chunks of images are gathered on every device, which takes the memory and the time of all together."""
     one, eight = (programs(KERNELS, [[]], {}, devices_each=count)[0] for count in (1, 8))
