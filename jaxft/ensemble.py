@@ -6,7 +6,7 @@ or of several. `cross_fitted` applies each to images that it was not fitted on, 
 
 import csv
 import pathlib
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -498,15 +498,6 @@ def pseudo_labels(
     if len(rows) > most:
         rows = np.sort(np.random.default_rng(seed).choice(rows, most, replace=False))
     return rows, table.values[rows].astype(np.float32)
-
-
-def compared(tables: Mapping[str, Probabilities]) -> list[dict[str, Any]]:
-    """A row of figures for each table, with the difference in log loss from the one before it."""
-    rows: list[dict[str, Any]] = []
-    for name, table in tables.items():
-        found = table.figures()
-        rows.append({"step": name, **found, "change": found["loss"] - rows[-1]["loss"] if rows else float("nan")})
-    return rows
 
 
 def _labelled(table: Probabilities) -> np.ndarray:

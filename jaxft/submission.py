@@ -40,8 +40,9 @@ def write(
     columns = table.classes if columns is None else tuple(columns)
     if len(columns) != len(table.classes):
         raise ValueError(f"{len(columns)} columns for {len(table.classes)} classes; give one name for each")
-    values = table.ordered(names).values.clip(LOG_LOSS_CLIP, 1 - LOG_LOSS_CLIP)
-    written = replace(table.ordered(names), values=values / values.sum(1, keepdims=True), classes=tuple(columns))
+    asked = table.ordered(names)
+    values = asked.values.clip(LOG_LOSS_CLIP, 1 - LOG_LOSS_CLIP)
+    written = replace(asked, values=values / values.sum(1, keepdims=True), classes=tuple(columns))
 
     def put(partial: pathlib.Path) -> None:
         with partial.open("w", newline="", encoding="utf-8") as file:

@@ -59,6 +59,7 @@ def test_images_below_the_smallest_size_of_the_net(run):
         ("inception_v3_statefarm", ("299", "inception_v3_v02")),
         ("cifar10", ("resnet50", "--no-subset")),
         ("vgg16_elpv", ("300", "--head-epochs")),
+        ("statefarm_solution", ("through:conv4_block6", "--confidence", "--seeds", "--regions")),
     ],
 )
 def test_help_lists_the_settings_and_their_defaults(name, expected, tmp_path):
