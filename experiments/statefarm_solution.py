@@ -7,7 +7,8 @@ with known labels.
 
     python -m experiments.statefarm_solution --data-dir FOLDER_WITH_IMGS_AND_CSV
 
-Result on State Farm: not measured. On the stand-in, three seeds: docs/statefarm.md.
+Result on State Farm: not measured. On the stand-in: log loss 0.337 and 89.00 % on the test set, a single net 0.512 and
+81.78 % (one seed; all steps in docs/statefarm.md).
 """
 
 if __name__ == "__main__":  # before JAX is imported, so that nothing is imported twice
