@@ -69,7 +69,7 @@ class Settings:
 
 
 def rates(net: str, freeze: str, settings: Settings, regions: int) -> dict[str, float]:
-    """Images a second in training and in prediction, of a net or of one with so many regions."""
+    """Images a second in training and in prediction, and the parameters, of a net or of one with so many regions."""
     size = settings.image_size
     options = nets.any_size(net)
     if regions > 1:
@@ -106,7 +106,8 @@ def rates(net: str, freeze: str, settings: Settings, regions: int) -> dict[str, 
             count = settings.steps * settings.batch_size
             found["training"].append(count / (middle - began))
             found["prediction"].append(count / (time.perf_counter() - middle))
-    return {name: statistics.median(values) for name, values in found.items()}
+    figures = {name: statistics.median(values) for name, values in found.items()}
+    return figures | {"parameters": sum(leaf.size for leaf in jax.tree.leaves(start.variables))}
 
 
 def search_seconds(count: int, width: int = 25_088) -> float:
@@ -145,10 +146,9 @@ def main(settings: Settings) -> None:
         for name, seconds in parts.items():
             rows.append((net, name, f"{seconds / 3600:.2f}"))
             hours += seconds / 3600
-        params = sum(
-            leaf.size for leaf in jax.tree.leaves(model.load(net, 10, weights="none", **nets.any_size(net)).variables)
-        )
-        disk += 3 * 2 * 4 * params * (5 * folds + 1)  # the last two and the best state, with momentum, of each run
+        disk += (
+            3 * 2 * 4 * one["parameters"] * (5 * folds + 1)
+        )  # the last two and the best state, with momentum, of each run
     count = settings.neighbours or 4096
     seconds = search_seconds(count)
     full = seconds if count == TEST else seconds * (TEST / count) ** 2

@@ -30,14 +30,20 @@ def open_data(data_dir: pathlib.Path | None, seed: int) -> tuple[Dataset, bool]:
     Raises:
         FileNotFoundError, ValueError: as `statefarm.prepare`.
     """
+    name = f"{DRIVERS}x{IMAGES}-seed{seed}"
+    folder, is_standin = _found(data_dir, name, drivers=DRIVERS, images_per_driver=IMAGES, seed=seed)
+    return statefarm.prepare(folder, fetch.cache_folder()), is_standin
+
+
+def _found(data_dir: pathlib.Path | None, name: str, **drawn: Any) -> tuple[pathlib.Path, bool]:
+    """(the folder of Kaggle's files, or of the stand-in, drawn under that name; whether it is the latter, and said)."""
     folder = data_dir.expanduser() if data_dir else KAGGLE if KAGGLE.exists() else None
     if folder is None:
-        name = f"standin-v{standin.VERSION}-{DRIVERS}x{IMAGES}-seed{seed}"
-        folder = standin.render(fetch.cache_folder() / name, drivers=DRIVERS, images_per_driver=IMAGES, seed=seed)
+        folder = standin.render(fetch.cache_folder() / f"standin-v{standin.VERSION}-{name}", **drawn)
     is_standin = (folder / standin.MARKER).exists()
     if is_standin and devices.is_writer():
         print(NOTE, flush=True)
-    return statefarm.prepare(folder, fetch.cache_folder()), is_standin
+    return folder, is_standin
 
 
 def open_both(data_dir: pathlib.Path | None) -> tuple[Dataset, Dataset, pathlib.Path, bool]:
@@ -46,16 +52,11 @@ def open_both(data_dir: pathlib.Path | None) -> tuple[Dataset, Dataset, pathlib.
     Raises:
         FileNotFoundError, ValueError: as `statefarm.prepare`; there is no test set.
     """
-    folder = data_dir.expanduser() if data_dir else KAGGLE if KAGGLE.exists() else None
-    if folder is None:
-        (drivers, images), test = SOLUTION
-        name = f"standin-v{standin.VERSION}-{drivers}x{images}-test{test[0]}x{test[1]}"
-        folder = standin.render(fetch.cache_folder() / name, drivers=drivers, images_per_driver=images, test=test)
-    is_standin = (folder / standin.MARKER).exists()
-    if is_standin and devices.is_writer():
-        print(NOTE, flush=True)
-    train, test = (statefarm.prepare(folder, fetch.cache_folder(), split=split) for split in ("train", "test"))
-    return train, test, folder, is_standin
+    (drivers, images), test = SOLUTION
+    name = f"{drivers}x{images}-test{test[0]}x{test[1]}"
+    folder, is_standin = _found(data_dir, name, drivers=drivers, images_per_driver=images, test=test)
+    sets = [statefarm.prepare(folder, fetch.cache_folder(), split=split) for split in ("train", "test")]
+    return sets[0], sets[1], folder, is_standin
 
 
 def sides(

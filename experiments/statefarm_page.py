@@ -1,6 +1,5 @@
 """The results page of the State Farm solution: what each step bought, over all seeds, as HTML and Markdown."""
 
-import csv
 import math
 import pathlib
 from collections.abc import Sequence
@@ -13,7 +12,6 @@ from jaxft.data import Dataset
 from jaxft.devices import is_writer, say
 from jaxft.ensemble import Probabilities
 from jaxft.predict import Predictions
-from jaxft.task import calibration_error
 
 NAME = "results"
 HEADER = ("", "step", "what", "out of fold", "change", "accuracy", "over drivers", "test", "change", "accuracy", "kept")
@@ -132,11 +130,9 @@ def _curves(runs: Sequence[pathlib.Path]) -> list[dict[str, str]]:
     found = []
     for net in dict.fromkeys(run.parent.name for run in runs):
         series = {}
-        for run in (run for run in runs if run.parent.name == net and (run / "history.csv").exists()):
-            with (run / "history.csv").open(newline="", encoding="utf-8") as file:
-                history = list(csv.DictReader(file))
-            epochs = [float(row["epoch"]) for row in history]
-            series[run.name] = (epochs, [float(row["val_loss"] or math.nan) for row in history])
+        for run in (run for run in runs if run.parent.name == net):
+            if rows := page.history(run):
+                series[run.name] = (page.column(rows, "epoch"), page.column(rows, "val_loss"))
         svg = charts.lines(f"held-out log loss of {net}", series, "epoch")
         found.append({"title": f"Held-out log loss, {net}", "svg": svg, "remark": "of the last step that was trained"})
     return found
@@ -144,14 +140,11 @@ def _curves(runs: Sequence[pathlib.Path]) -> list[dict[str, str]]:
 
 def _confusion(title: str, found: Probabilities) -> dict[str, str]:
     known = found.known
-    counts = np.zeros((len(found.classes),) * 2, int)
-    np.add.at(counts, (found.labels[known], found.values[known].argmax(1)), 1)
-    remark = f"labels down, predictions across; {known.sum():,} images out of fold"
-    return {"title": title, "svg": charts.confusion(title, counts, found.classes), "remark": remark}
+    chart = page.confusion(title, found.labels[known], found.values[known].argmax(1), found.classes)
+    return chart | {"remark": f"{chart['remark']}; {known.sum():,} images out of fold"}
 
 
 def _reliability(title: str, found: Probabilities) -> dict[str, str]:
     known = found.known
-    sure, right = found.values[known].max(1), found.values[known].argmax(1) == found.labels[known]
-    remark = f"calibration error {calibration_error(sure, right):.3f}"
-    return {"title": title, "svg": charts.reliability(title, sure, right), "remark": remark}
+    right = found.values[known].argmax(1) == found.labels[known]
+    return page.reliability(title, found.values[known].max(1), right)

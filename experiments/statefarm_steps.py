@@ -1,8 +1,6 @@
 """The steps of the State Farm solution, in order, on one set of folds: what `statefarm_solution` runs for each seed."""
 
 import dataclasses
-import hashlib
-import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -139,7 +137,7 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Solved:
-    """One seed's results: its folder, its rows, the folders of the runs behind them, and the last correction."""
+    """One seed's results: its run, its rows, and the folders of the nets behind the last of them."""
 
     run: Run
     steps: list[Step]
@@ -190,14 +188,11 @@ class Solution:
                 f"{sample} and the test images differ: {missing[0]} and {len(missing) - 1} more are in one alone; "
                 f"unpack all of Kaggle's files again"
             )
-        drivers = train.groups
-        self.fold_of = folds.group_folds(drivers, settings.folds, labels=train.labels, seed=run.seed)
-        folds.check_folds(drivers, self.fold_of)
+        self.fold_of = folds.group_folds(train.groups, settings.folds, labels=train.labels, seed=run.seed)
         self.both = crossval.joined(train, test, f"{train.name} with test")
-        data = {"train": train.fingerprint, "test": hashlib.sha256(b"".join(test.digests)).hexdigest()}
-        record = json.loads(json.dumps(describe(settings), default=str)) | {"data": data, "seed": run.seed}
-        record["members"] = [dataclasses.asdict(member) for member in members]
-        self.stages = crossval.Stages(run.folder, record)
+        data = {"train": train.fingerprint, "test": test.fingerprint}
+        record = {"members": describe(members), "data": data, "seed": run.seed}
+        self.stages = crossval.Stages(run.folder, describe(settings) | record)
 
     def start(self, member: Member, recipe: Recipe) -> Model:
         """The net before training, with its regions if there are any."""
@@ -222,7 +217,16 @@ class Solution:
             doubled = {"augment": self.settings.change, "mix": Halves()}
         return Inputs(dataset, indices, (side, side), self.settings.batch_size, **(doubled if recipe.augmented else {}))
 
-    def trained(self, name: str, recipe: Recipe, targets: Mapping[str, list[np.ndarray]] | None = None) -> Said:
+    def says(
+        self, trained: Model, dataset: Dataset, indices: np.ndarray | None = None, *, viewed: bool = False
+    ) -> Probabilities:
+        """What a net says of images, by itself or with test-time augmentation."""
+        views: dict[str, Any] = {"augment": self.settings.change, "views": self.settings.views, "seed": self.run.seed}
+        cached = self.run.cache_features != "off" and jax.default_backend() == "cpu"  # a GPU is faster than a disk
+        found = trained.predict(dataset, indices, cache_features=cached, **(views if viewed else {}))
+        return ensemble.of(found, dataset)
+
+    def trained(self, name: str, recipe: Recipe, targets: list[np.ndarray] | None = None) -> Said:
         """The folds of every net under a recipe; those that are done are read."""
         held_out, test = {}, {}
         for member in self.members:
@@ -230,14 +234,10 @@ class Solution:
             tables = [f"{place}-{side}" for place in places for side in ("held-out", "test")]
             if not self.stages.has(*tables):
                 devices.say(f"{name}: {member.net}, {self.settings.folds} folds")
-                self._folds(f"{name}/{member.net}", member, recipe, None if targets is None else targets[member.net])
-            held_out[member.net] = [self.read(f"{place}-held-out") for place in places]
-            test[member.net] = [self.read(f"{place}-test") for place in places]
+                self._folds(f"{name}/{member.net}", member, recipe, targets)
+            held_out[member.net] = [self.stages.read(f"{place}-held-out") for place in places]
+            test[member.net] = [self.stages.read(f"{place}-test") for place in places]
         return Said(held_out, test)
-
-    def read(self, name: str) -> Probabilities:
-        """A table that is there."""
-        return ensemble.read(self.stages.folder / f"{name}.csv")
 
     def _folds(self, name: str, member: Member, recipe: Recipe, targets: list[np.ndarray] | None) -> None:
         """Trains the folds of one net; with targets, the test images that have some are trained on in every fold."""
@@ -260,13 +260,9 @@ class Solution:
             dataclasses.replace(self.run, folder=self.run.folder / name),
             changed=changed,
         )
-        cached = self.run.cache_features != "off" and jax.default_backend() == "cpu"  # a GPU is faster than a disk
         for fold, (trained, held_out) in enumerate(found):
             self.stages.once(f"{name}/fold{fold}-held-out", lambda held_out=held_out: held_out)
-            self.stages.once(
-                f"{name}/fold{fold}-test",
-                lambda trained=trained: ensemble.of(trained.predict(self.test, cache_features=cached), self.test),
-            )
+            self.stages.once(f"{name}/fold{fold}-test", lambda trained=trained: self.says(trained, self.test))
 
     def augmented(self, name: str) -> Said:
         """Test-time augmentation of the nets of a step."""
@@ -278,11 +274,7 @@ class Solution:
                     indices = np.flatnonzero(self.fold_of == fold) if side == "held-out" else np.arange(len(dataset))
 
                     def predict(place: str = place, dataset: Dataset = dataset, indices: np.ndarray = indices):
-                        opened = model.open(self.run.folder / place)
-                        views: dict[str, Any] = {"augment": self.settings.change, "views": self.settings.views}
-                        views["seed"] = self.run.seed
-                        views["cache_features"] = self.run.cache_features != "off" and jax.default_backend() == "cpu"
-                        return ensemble.of(opened.predict(dataset, indices, **views), dataset)
+                        return self.says(model.open(self.run.folder / place), dataset, indices, viewed=True)
 
                     into.setdefault(member.net, []).append(self.stages.once(f"{place}-{side}-views", predict))
         return Said(held_out, test)
@@ -292,7 +284,6 @@ class Solution:
 
         One image of each class is left out, as a run has to be judged on something; nothing is chosen by it.
         """
-        change: dict[str, Any] = {"augment": self.settings.change, "views": self.settings.views, "seed": self.run.seed}
         dataset = self.train if targets is None else self.both
         left_out = np.unique(self.train.labels, return_index=True)[1]
         indices = np.setdiff1d(np.arange(len(self.train)), left_out)
@@ -306,12 +297,12 @@ class Solution:
             judged = crossval.held_out(inputs, left_out)
             start, goal = self.start(member, recipe), task.classification()
             trained, _ = finetune(start, goal, inputs, judged, [phase], run, config={"after": name})
-            return ensemble.of(trained.predict(self.test, **(change if viewed else {})), self.test)
+            return self.says(trained, self.test, viewed=viewed)
 
         found = {m.net: self.stages.once(f"refit/{m.net}-test", lambda m=m: make(m)) for m in self.members}
         return Said(said.held_out, {net: [*tables, found[net]] for net, tables in said.test.items()})
 
-    def mean(self, said: Said) -> tuple[Probabilities, Probabilities]:
+    def mean(self, said: Said) -> Pair:
         """(out of fold, test) of all nets: the geometric mean, on the test set over folds as well."""
         return ensemble.mean(self.out_of_fold(said)), ensemble.mean([t for net in said.test.values() for t in net])
 
@@ -323,7 +314,7 @@ class Solution:
         """A table of all test images for each net, the mean of its folds."""
         return [ensemble.mean(tables) for tables in said.test.values()]
 
-    def targets(self, said: Said) -> dict[str, list[np.ndarray]]:
+    def targets(self, said: Said) -> list[np.ndarray]:
         """Soft labels of test images for each fold, by nets that have not seen the fold: NaN for all other images."""
         found = []
         for fold in range(self.settings.folds):
@@ -336,7 +327,7 @@ class Solution:
             targets = np.full((len(self.both), len(self.train.classes)), np.nan, np.float32)
             targets[len(self.train) + rows] = soft / soft.sum(1, keepdims=True)
             found.append(targets)
-        return {member.net: found for member in self.members}
+        return found
 
     def neighbours(self) -> tuple[list[Neighbours], Neighbours]:
         """(of each fold's images among themselves, of the test images), by features of the first net's start."""
@@ -351,7 +342,7 @@ class Solution:
         within = [of(self.train, np.flatnonzero(self.fold_of == fold)) for fold in range(self.settings.folds)]
         return within, of(self.test, np.arange(len(self.test)))
 
-    def region(self, word: str, recipe: Recipe) -> tuple[Any, ...]:
+    def region(self, word: str) -> tuple[Any, ...]:
         """NAME:TOP,LEFT,HEIGHT,WIDTH, or NAME:map, as a row of `nets.create`."""
         name, colon, where = word.partition(":")
         if colon and where == "map":
@@ -403,9 +394,7 @@ def solve(
         (
             "views",
             "one trunk over regions: " + ", ".join(word.partition(":")[0] for word in settings.regions),
-            lambda: dataclasses.replace(
-                recipe, regions=tuple(solution.region(word, recipe) for word in settings.regions)
-            ),
+            lambda: dataclasses.replace(recipe, regions=tuple(solution.region(word) for word in settings.regions)),
         ),
         ("augmentation", "the set doubled by augmented copies", lambda: dataclasses.replace(recipe, augmented=True)),
     ]
@@ -415,26 +404,26 @@ def solve(
     for change, note, change_recipe in changes:
         tried = change_recipe()
         found = solution.trained(change, tried)
-        if tell(change, note, solution.mean(found), kept=_better(solution, solution.mean(found), best)).kept:
-            said, best, recipe, name = found, solution.mean(found), tried, change
+        pair = solution.mean(found)
+        if tell(change, note, pair, kept=_better(solution, pair, best)).kept:
+            said, best, recipe, name = found, pair, tried, change
     found = solution.augmented(name)
-    note = f"mean of the image and {settings.views} augmented ones"
-    viewed = tell(
-        "test-time augmentation", note, solution.mean(found), kept=_better(solution, solution.mean(found), best)
-    ).kept
+    pair, note = solution.mean(found), f"mean of the image and {settings.views} augmented ones"
+    viewed = _better(solution, pair, best)
+    tell("test-time augmentation", note, pair, kept=viewed)
     if viewed:
-        said, best = found, solution.mean(found)
-    targets = solution.targets(said)
-    if all((~np.isnan(fold[:, 0])).any() for fold in targets[first]):
+        said, best = found, pair
+    targets, pseudo = solution.targets(said), None
+    counts = [int((~np.isnan(fold[:, 0])).sum()) for fold in targets]
+    if all(counts):
         found = solution.trained("pseudo-labels", recipe, targets)
         if viewed:
             found = solution.augmented("pseudo-labels")
-        count = int(np.mean([(~np.isnan(fold[:, 0])).sum() for fold in targets[first]]))
-        note = f"soft labels of {count:,} test images from {settings.confidence:.0%} on"
-        if tell("pseudo-labels", note, solution.mean(found), kept=_better(solution, solution.mean(found), best)).kept:
-            said, best, name = found, solution.mean(found), "pseudo-labels"
-    pseudo = targets[first] if name == "pseudo-labels" else None
-    said = solution.refit(said, recipe, name, None if pseudo is None else _any_fold(pseudo), viewed=bool(viewed))
+        pair = solution.mean(found)
+        note = f"soft labels of {int(np.mean(counts)):,} test images from {settings.confidence:.0%} on"
+        if tell("pseudo-labels", note, pair, kept=_better(solution, pair, best)).kept:
+            said, best, name, pseudo = found, pair, "pseudo-labels", _any_fold(targets)
+    said = solution.refit(said, recipe, name, pseudo, viewed=viewed)
     best = best[0], solution.mean(said)[1]
     tell("refit on all drivers", "its nets join the ensemble; out of fold nothing changes", best)
     best = _transductive(solution, _corrected(solution, said, best, tell), tell)
@@ -492,7 +481,7 @@ def _leak(solution: Solution) -> Probabilities:
         phases = [solution.settings.phase(member)]
         run = dataclasses.replace(solution.run, folder=solution.run.folder / name)
         start = solution.start(member, Recipe())
-        found = crossval.folds(start, task.classification(), inputs, fold_of, phases, run)
+        found = crossval.folds(start, task.classification(), inputs, fold_of, phases, run, divided=True)
         return ensemble.join([table for _, table in found]).ordered(solution.train.names)
 
     return solution.stages.once(f"{name}/out-of-fold", make)

@@ -10,6 +10,7 @@ import numpy as np
 from jaxft import ensemble
 from jaxft.checkpoint import differences
 from jaxft.data import Dataset, Inputs
+from jaxft.data.folds import check_folds
 from jaxft.ensemble import Probabilities
 from jaxft.files import read_json, write_json
 from jaxft.finetune import finetune
@@ -34,6 +35,7 @@ def folds(
     run: Run,
     *,
     changed: Callable[[int, Inputs], Inputs] = lambda fold, train: train,
+    divided: bool = False,
 ) -> Iterator[tuple[Model, Probabilities]]:
     """Fine-tunes a net for each fold in `fold{k}` of the run's folder, from the same start.
 
@@ -45,12 +47,13 @@ def folds(
             fold and judged in none.
         phases, run: as `finetune`; each fold resumes by itself.
         changed: (fold, its training inputs) → what it trains on, such as with targets of its own.
+        divided: groups may be divided among folds, as by `folds.random_folds`, to show what that flatters.
 
     Yields:
         for each fold (the trained model, its probabilities of the fold's own images).
 
     Raises:
-        ValueError: not one fold for each example, or a fold without images; or as `finetune`.
+        ValueError: not one fold for each example, a fold without images, or a group in two folds; or as `finetune`.
     """
     fold_of = np.asarray(fold_of)
     if fold_of.shape != (len(inputs.dataset),):
@@ -58,6 +61,9 @@ def folds(
     mine = fold_of[inputs.indices]
     if missing := sorted(set(range(int(fold_of.max()) + 1)) - set(mine.tolist())):
         raise ValueError(f"fold {missing[0]} has no image among the inputs; give folds 0 to k - 1, each with images")
+    if not divided:
+        judged = inputs.indices[mine >= 0]
+        check_folds([inputs.dataset.groups[i] for i in judged.tolist()], fold_of[judged])
     for fold in range(int(fold_of.max()) + 1):
         train = changed(fold, dataclasses.replace(inputs, indices=inputs.indices[mine != fold]))
         judged = held_out(inputs, inputs.indices[mine == fold])
@@ -127,12 +133,18 @@ class Stages:
 
     def has(self, *names: str) -> bool:
         """Whether all these tables are there."""
-        return all((self.folder / f"{name}.csv").exists() for name in names)
+        return all(self._path(name).exists() for name in names)
 
     def once(self, name: str, make: Callable[[], Probabilities]) -> Probabilities:
         """The table `name`.csv, made if it is not there, and always read from it: the same in the first process."""
-        path = self.folder / f"{name}.csv"
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            ensemble.write(path, make())
-        return ensemble.read(path)
+        if not self.has(name):
+            self._path(name).parent.mkdir(parents=True, exist_ok=True)
+            ensemble.write(self._path(name), make())
+        return self.read(name)
+
+    def read(self, name: str) -> Probabilities:
+        """A table that is there."""
+        return ensemble.read(self._path(name))
+
+    def _path(self, name: str) -> pathlib.Path:
+        return self.folder / f"{name}.csv"

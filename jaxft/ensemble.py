@@ -353,7 +353,7 @@ def fit_per_class(tables: Sequence[Probabilities], within: float = 0.1) -> PerCl
     labels = tables[0].labels[rows]
     chosen = []
     for c in range(len(tables[0].classes)):
-        p = np.stack([table.values[rows, c] for table in tables]).clip(1e-15, 1 - 1e-15)
+        p = np.stack([table.values[rows, c] for table in tables]).clip(LOG_LOSS_CLIP, 1 - LOG_LOSS_CLIP)
         losses = -np.where(labels == c, np.log(p), np.log1p(-p)).mean(1)
         chosen.append(tuple(np.flatnonzero(losses <= losses.min() * (1 + within)).tolist()))
     return PerClass(tuple(chosen))

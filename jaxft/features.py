@@ -23,7 +23,7 @@ import numpy as np
 from jaxft import devices, masking, preprocess
 from jaxft.data import Augment, Dataset, Inputs, augment, loader
 from jaxft.data.rows import CacheError, Rows, no_room
-from jaxft.predict import EvalStep, make_eval_step
+from jaxft.predict import EvalStep, make_eval_step, real_rows
 from jaxft.progress import bar
 from jaxft.task import Task
 
@@ -127,8 +127,13 @@ def eval_step(net: nn.Module, weighted: Sequence[str], preprocessing: str, task:
     if stage is None:
         return make_eval_step(net.apply, task.outputs, normalise)
     prefix = make_prefix(net, stage, normalise)
-    rest = make_eval_step(net.apply, task.outputs, lambda x: x, stage)
+    rest = eval_step_after(net, stage, task)
     return lambda variables, images: rest(variables, prefix(variables, images, None))
+
+
+def eval_step_after(net: nn.Module, stage: str, task: Task) -> EvalStep:
+    """The eval step that takes the output of a stage, such as a cached one."""
+    return make_eval_step(net.apply, task.outputs, lambda x: x, stage)
 
 
 def of(
@@ -161,8 +166,7 @@ def of(
     def one(found: Mapping[str, jax.Array]) -> jax.Array:
         return found[stage].mean((-3, -2)) if pool and found[stage].ndim >= 4 else found[stage]
 
-    inputs = _inputs(model, images, image_size, batch_size)
-    return np.concatenate(list(_computed(model, [stage], inputs, one)))
+    return _whole(model, [stage], _inputs(model, images, image_size, batch_size), one)
 
 
 def of_stages(
@@ -188,8 +192,7 @@ def of_stages(
             columns += [POOLS[name](x, (-3, -2)) for name in pools] if x.ndim >= 4 else [x]
         return jnp.concatenate([column.reshape(len(column), -1) for column in columns], 1)
 
-    inputs = _inputs(model, images, image_size, batch_size)
-    return np.concatenate(list(_computed(model, stages, inputs, beside)))
+    return _whole(model, stages, _inputs(model, images, image_size, batch_size), beside)
 
 
 def on_disk(model: Any, stage: str, inputs: Inputs) -> Rows:
@@ -233,6 +236,17 @@ def _inputs(model: Any, images: Any, image_size: tuple[int, int] | None, batch_s
     return Inputs(data, np.arange(len(data)), size, batch_size, decode=model.decode)
 
 
+def _whole(
+    model: Any, stages: Sequence[str], inputs: Inputs, function: Callable[[Mapping[str, jax.Array]], jax.Array]
+) -> np.ndarray:
+    parts = []
+    with bar("features", len(inputs)) as advance:
+        for part in _computed(model, stages, inputs, function):
+            parts.append(part)
+            advance(len(part))
+    return np.concatenate(parts)
+
+
 def _check_stages(model: Any, stages: Sequence[str]) -> None:
     names = list(model.net.layers())
     if unknown := [stage for stage in stages if stage not in names]:
@@ -252,22 +266,9 @@ def _computed(
 
     mesh = devices.mesh()
     variables = {kind: model.variables.get(kind, {}) for kind in ("params", "batch_stats")}
-    variables = devices.replicate(variables, mesh)
-    pending = None
-    with bar("features", len(inputs)) as advance:
-        for batch in loader.eval_batches(inputs, inputs.dataset.images, process=devices.process()):
-            found = {"real": batch["real"], "found": compute(variables, devices.shard(batch, mesh)["image"])}
-            if pending is not None:
-                yield _real(pending)  # while the device computes this batch
-            pending = found
-            advance(int(batch["real"].sum()))
-    if pending is not None:
-        yield _real(pending)
-
-
-def _real(columns: Mapping[str, Any]) -> np.ndarray:
-    rows = devices.gather(columns)
-    return rows["found"][np.asarray(rows["real"], bool)]
+    batches = loader.eval_batches(inputs, inputs.dataset.images, process=devices.process())
+    for rows in real_rows(compute, devices.replicate(variables, mesh), batches, mesh):
+        yield rows["outputs"]
 
 
 def identity(net: nn.Module, variables: Mapping[str, Any], stage: str, **inputs: Any) -> dict[str, Any]:

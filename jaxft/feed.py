@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxft import devices, features, preprocess, runs, train
 from jaxft.data import Images, Inputs, augment, loader
 from jaxft.data.rows import Rows
-from jaxft.predict import Batch, Predictions, Variables, evaluate, make_eval_step
+from jaxft.predict import Batch, Predictions, Variables, evaluate
 from jaxft.provenance import describe
 from jaxft.task import Task
 from jaxft.train import Dispatch
@@ -140,8 +140,8 @@ def make(
         rest = train.make_train_step(task, outputs, lambda key, x, labels: (x, labels), stage, layer_norms=True)
         if stage and run.cache_features != "off" and jax.process_count() == 1:
             cache = _open_cache(net, preprocessing, stage, prefix, state, sides, run, epochs)
-        if cache:
-            eval_step = make_eval_step(net.apply, task.outputs, lambda x: x, stage)
+        if cache and stage:
+            eval_step = features.eval_step_after(net, stage, task)
             train_side, held_out = Side(inputs, None), Side(held_out.inputs, None)  # memory is for the features
             sides = train_side, held_out
             at_once = steps_at_once(cache["held out"].shape)

@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxft import preprocess
 from jaxft.model import Model
+from jaxft.nets import Regions
 
 
 def heatmaps(model: Model, images: np.ndarray, stage: str | None, targets: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -51,7 +52,7 @@ def heatmaps(model: Model, images: np.ndarray, stage: str | None, targets: Seque
         output = outputs[stage].astype(jnp.float32)
         weights = jax.grad(score)(output).mean((-3, -2), keepdims=True)
         found = jax.nn.relu((weights * output).sum(-1))
-        if found.ndim == 4:  # of regions, each where it lies
+        if isinstance(model.net, Regions):  # a map of each region, where it lies
             found = _laid_out(found, model.net.regions)
         highest = found.max((1, 2), keepdims=True)
         return jnp.where(highest > 0, found / jnp.where(highest > 0, highest, 1), 0)

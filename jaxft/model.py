@@ -17,7 +17,7 @@ from jaxft.checkpoint import Checkpoints
 from jaxft.checks import check_count
 from jaxft.data import Augment, Dataset, Inputs, loader
 from jaxft.data.decode import RGB, Decode
-from jaxft.predict import EvalStep, Predictions, evaluate, make_eval_step
+from jaxft.predict import EvalStep, Predictions, evaluate
 from jaxft.pretrained import Weights
 from jaxft.provenance import describe
 from jaxft.task import TASKS, Task
@@ -138,42 +138,33 @@ class Model:
         mesh = devices.mesh()
         variables = {kind: self.variables.get(kind, {}) for kind in ("params", "batch_stats")}
         variables = devices.replicate(variables, mesh)
-
         stage = features.cut(self.net, list(self.variables["params"])) if cache_features and not mirrored else None
-
-        def predicted(view: int | None) -> Predictions:
-            if stage is not None and view is None:
-                rows = features.on_disk(self, stage, inputs)
-                known = loader.eval_batches(inputs, None)
-                return evaluate(
-                    self._after(stage),
-                    variables,
-                    (batch | {"image": rows.take(batch["index"])} for batch in known),
-                    mesh,
-                    len(inputs),
-                )
-            batches = loader.eval_batches(inputs, dataset.images, process=devices.process())
-            if view is not None:
-                rows = partial(features.row, view, examples=len(dataset))
-                batches = (batch | {"image": changed(batch["image"], rows(batch["index"]))} for batch in batches)
-            return evaluate(eval_step, variables, batches, mesh, len(inputs))
-
-        plain = predicted(None)
+        read = partial(loader.eval_batches, inputs, process=devices.process())
+        if stage is None:
+            plain = evaluate(eval_step, variables, read(dataset.images), mesh, len(inputs))
+        else:
+            rows = features.on_disk(self, stage, inputs)
+            cached = (batch | {"image": rows.take(batch["index"])} for batch in read(None))
+            after = features.eval_step_after(self.net, stage, self.task)
+            plain = evaluate(after, variables, cached, mesh, len(inputs))
         if augment is None:
             return plain
         check_count("views", views, 1)
-        changed = features.make_view(augment, seed)
-        found = [plain.outputs, *(predicted(view).outputs for view in range(views))]
+        change = features.make_view(augment, seed)
+
+        def viewed(batch: dict[str, Any], view: int) -> dict[str, Any]:
+            return batch | {"image": change(batch["image"], features.row(view, batch["index"], len(dataset)))}
+
+        found = [plain.outputs]
+        for view in range(views):
+            batches = (viewed(batch, view) for batch in read(dataset.images))
+            found.append(evaluate(eval_step, variables, batches, mesh, len(inputs)).outputs)
         return dataclasses.replace(plain, outputs=np.mean(found, 0, dtype=np.float64).astype(np.float32))
 
     @functools.cached_property
     def _eval_step(self) -> EvalStep:  # compiled once, however often `predict` is called
         assert self.task is not None
         return features.eval_step(self.net, list(self.variables["params"]), self.preprocessing, self.task)
-
-    def _after(self, stage: str) -> EvalStep:
-        assert self.task is not None
-        return make_eval_step(self.net.apply, self.task.outputs, lambda x: x, stage)
 
     @functools.cached_property
     def _both_ways(self) -> EvalStep:
@@ -256,7 +247,7 @@ def load(
         variables = nets.init(net, spec.native_size, seed)
         told = f"{name} starts from random weights (seed {seed})"
     else:
-        regions = isinstance(net, nets.Regions)
+        regions = isinstance(net, nets.Regions)  # the file fills the trunk; the layers of the regions are new
         variables, told = port_weights.load(
             name,
             weights.path,
@@ -266,10 +257,10 @@ def load(
             ignore=(*weights.ignore, *ignore),
             **(dict(net.options) | {"dtype": net.dtype} if regions else options),
         )
-    if isinstance(net, nets.Regions):  # the file fills the trunk; the layers of the regions are new
-        fresh = nets.init(net, spec.native_size, seed)["params"]
-        filled: dict[str, Any] = dict(variables["params"])
-        variables = {**variables, "params": {layer: filled.get(layer, fresh[layer]) for layer in fresh}}
+        if regions:
+            fresh = nets.init(net, spec.native_size, seed)["params"]
+            filled: dict[str, Any] = dict(variables["params"])
+            variables = {**variables, "params": {layer: filled.get(layer, fresh[layer]) for layer in fresh}}
     devices.say(str(told))
     variables = {kind: dict(variables.get(kind, {})) for kind in ("params", "batch_stats")}
     check_count("channels", channels, 1)

@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxft.ensemble import Probabilities
 from jaxft.progress import bar
+from jaxft.task import LOG_LOSS_CLIP
 
 SPARE = 8  # candidates beside the k, among which exact distances choose
 GATHER_BYTES = 256 * 2**20  # of candidates that are compared at once
@@ -251,7 +252,7 @@ class Share:
             raise ValueError(f"{len(segment)} segments for {len(table)} images; give one for each")
         count = np.bincount(segment)
         logs = np.zeros((len(count), len(table.classes)))
-        np.add.at(logs, segment, np.log(table.values.clip(1e-15)))
+        np.add.at(logs, segment, np.log(table.values.clip(LOG_LOSS_CLIP)))
         mean = np.exp(logs / np.maximum(count, 1)[:, None])
         mean /= mean.sum(1, keepdims=True)
         agree = np.bincount(segment, table.values.argmax(1) == mean.argmax(1)[segment]) / np.maximum(count, 1)

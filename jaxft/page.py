@@ -160,10 +160,7 @@ def _charts(folder: pathlib.Path, model: Model, predictions: Predictions) -> lis
         return found
     if model.task.target == "class":
         labels, guesses = predictions.label[known].astype(int), outputs[known].argmax(1)
-        counts = np.zeros((len(model.classes),) * 2, int)
-        np.add.at(counts, (labels, guesses), 1)
-        svg = charts.confusion("confusion matrix", counts, model.classes)
-        found.append({"title": "Confusion matrix", "svg": svg, "remark": "labels down, predictions across"})
+        found.append(confusion("Confusion matrix", labels, guesses, model.classes))
         probability, happened = outputs[known].max(1), guesses == labels
     elif model.task.target == "labels":
         probability, happened = outputs[known], predictions.label[known] > 0.5
@@ -174,26 +171,45 @@ def _charts(folder: pathlib.Path, model: Model, predictions: Predictions) -> lis
             svg = charts.scatter(f"{name}, predicted against true", truth.tolist(), value.tolist(), "true")
             found.append({"title": f"{name}: predicted against true", "svg": svg, "remark": "on the line all is right"})
         return found
-    svg = charts.reliability("reliability", probability, happened)
-    remark = f"bars on the line are calibrated; calibration error {calibration_error(probability, happened):.3f}"
-    found.append({"title": "Reliability", "svg": svg, "remark": remark})
+    found.append(reliability("Reliability", probability, happened))
     return found
 
 
-def _curves(folder: pathlib.Path, model: Model) -> list[dict[str, str]]:
-    if not (folder / "history.csv").is_file() or model.task is None:
+def confusion(title: str, labels: np.ndarray, guesses: np.ndarray, classes: Sequence[str]) -> dict[str, str]:
+    """The chart of labels and predictions of n images, int [n] each, with its title and remark."""
+    counts = np.zeros((len(classes),) * 2, int)
+    np.add.at(counts, (labels, guesses), 1)
+    svg = charts.confusion(title.lower(), counts, classes)
+    return {"title": title, "svg": svg, "remark": "labels down, predictions across"}
+
+
+def reliability(title: str, probability: np.ndarray, happened: np.ndarray) -> dict[str, str]:
+    """The chart of n probabilities and whether what they are of happened, bool [n], with its title and remark."""
+    svg = charts.reliability(title.lower(), probability, happened)
+    remark = f"bars on the line are calibrated; calibration error {calibration_error(probability, happened):.3f}"
+    return {"title": title, "svg": svg, "remark": remark}
+
+
+def history(folder: pathlib.Path) -> list[dict[str, str]]:
+    """The rows of a run's `history.csv`; none where there is no such file."""
+    if not (folder / "history.csv").is_file():
         return []
     with (folder / "history.csv").open(newline="", encoding="utf-8") as file:
-        history = list(csv.DictReader(file))
-    if not history:
+        return list(csv.DictReader(file))
+
+
+def column(rows: Sequence[Mapping[str, str]], name: str) -> list[float]:
+    """A figure of each epoch; NaN where it is undefined."""
+    return [float(row[name]) if row.get(name) else math.nan for row in rows]
+
+
+def _curves(folder: pathlib.Path, model: Model) -> list[dict[str, str]]:
+    rows = history(folder)
+    if not rows or model.task is None:
         return []
-    epochs = [float(row["epoch"]) for row in history]
-
-    def column(name: str) -> list[float]:
-        return [float(row[name]) if row.get(name) else math.nan for row in history]
-
+    epochs = column(rows, "epoch")
     marks = {}
-    for before, row in zip(history, history[1:], strict=False):
+    for before, row in zip(rows, rows[1:], strict=False):
         if before["phase"] != row["phase"]:
             marks[float(before["epoch"]) + 0.5] = f"phase {row['phase']}"
     if (folder / "summary.json").is_file():
@@ -203,17 +219,14 @@ def _curves(folder: pathlib.Path, model: Model) -> list[dict[str, str]]:
     found, score = [], model.task.score[0]
     for name in ("loss", score):
         sides = {"training": f"train_{name}", "held out": f"val_{name}", "averaged weights": f"average_{name}"}
-        series = {side: (epochs, column(key)) for side, key in sides.items() if key in history[0]}
+        series = {side: (epochs, column(rows, key)) for side, key in sides.items() if key in rows[0]}
         if series:
             svg = charts.lines(f"{name} by epoch", series, "epoch", marks)
             found.append({"title": name.capitalize(), "svg": svg, "remark": ""})
     rates = {
-        key.removeprefix("lr_") if key != "lr" else "all layers": key
-        for row in history
-        for key in row
-        if key[:2] == "lr"
+        key.removeprefix("lr_") if key != "lr" else "all layers": key for row in rows for key in row if key[:2] == "lr"
     }
-    series = {name: (epochs, column(key)) for name, key in rates.items() if np.isfinite(column(key)).any()}
+    series = {name: (epochs, column(rows, key)) for name, key in rates.items() if np.isfinite(column(rows, key)).any()}
     if series:
         svg = charts.lines("learning rate by epoch", series, "epoch", {k: v for k, v in marks.items() if v != "kept"})
         found.append({"title": "Learning rate", "svg": svg, "remark": "at the end of each epoch"})

@@ -1,6 +1,6 @@
 """Predictions: every image of a set once, with the labels that are known of it."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +72,30 @@ def make_eval_step(
     return eval_step
 
 
+def real_rows(
+    eval_step: EvalStep, variables: Variables, batches: Iterable[Batch], mesh: Mesh
+) -> Iterator[dict[str, np.ndarray]]:
+    """`index`, `label`, `known` and `outputs` of each batch without the rows that pad it, one behind the device.
+
+    Arguments as in `evaluate`.
+    """
+
+    def settled(columns: Batch) -> dict[str, np.ndarray]:
+        rows = devices.gather(columns)
+        real = np.asarray(rows.pop("real"), bool)
+        return {name: np.asarray(column)[real] for name, column in rows.items()}
+
+    pending = None
+    for batch in batches:
+        columns = {name: batch[name] for name in ("index", "label", "known", "real")}
+        columns["outputs"] = eval_step(variables, devices.shard(batch, mesh)["image"])
+        if pending is not None:
+            yield settled(pending)  # while the device computes this batch
+        pending = columns
+    if pending is not None:
+        yield settled(pending)
+
+
 def evaluate(
     eval_step: EvalStep, variables: Variables, batches: Iterable[Batch], mesh: Mesh, total: int | None = None
 ) -> Predictions:
@@ -88,22 +112,10 @@ def evaluate(
         ValueError: there is no batch.
     """
     parts = []
-
-    def settle(columns: Batch) -> None:
-        rows = devices.gather(columns)
-        real = np.asarray(rows["real"], bool)
-        parts.append([np.asarray(rows[name])[real] for name in ("index", "label", "known", "outputs")])
-
-    pending = None
     with bar("evaluating", total) as advance:
-        for batch in batches:
-            columns = {name: batch[name] for name in ("index", "label", "known", "real")}
-            columns["outputs"] = eval_step(variables, devices.shard(batch, mesh)["image"])
-            if pending is not None:
-                settle(pending)  # while the device computes this batch
-                advance(len(parts[-1][0]))
-            pending = columns
-        if pending is None:
-            raise ValueError("there is no batch to evaluate; give at least one image")
-        settle(pending)
+        for rows in real_rows(eval_step, variables, batches, mesh):
+            parts.append([rows[name] for name in ("index", "label", "known", "outputs")])
+            advance(len(rows["index"]))
+    if not parts:
+        raise ValueError("there is no batch to evaluate; give at least one image")
     return Predictions(*(np.concatenate(column) for column in zip(*parts, strict=True)))

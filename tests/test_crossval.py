@@ -50,6 +50,12 @@ def test_each_image_is_judged_by_a_net_that_never_saw_its_group(tmp_path):
         assert (tmp_path / f"fold{fold}" / "predictions.csv").exists()
         assert not list((tmp_path / f"fold{fold}").glob("*.png"))
     joined = ensemble.join([table for _, table in found])
+    divided = np.arange(24) // 12
+    start, goal, phases = tiny.model(), task.classification(), [Phase(1, optim.Constant(0.1))]
+    with pytest.raises(ValueError, match="p0 is in the folds 0 and 1"):
+        next(crossval.folds(start, goal, inputs, divided, phases, Run(tmp_path / "divided")))
+    leaky = crossval.folds(start, goal, inputs, divided, phases, Run(tmp_path / "d", pictures=False), divided=True)
+    assert len(next(leaky)[1]) == 12
     assert sorted(joined.names) == sorted(data.names)
     with pytest.raises(ValueError, match="fold 2 has no image"):
         next(crossval.folds(tiny.model(), task.classification(), inputs, fold_of + (fold_of == 2) * 2, [], run))

@@ -80,8 +80,8 @@ def train_batches(
             return loaded
         labels = np.eye(len(inputs.dataset.classes), dtype=np.float32)[loaded["label"]]
         given = inputs.targets[mine]
-        target = np.where(np.isnan(given), labels, given)
-        return {**loaded, "target": target, "known": inputs.known[mine]}
+        unset = np.isnan(given)
+        return {**loaded, "target": np.where(unset, labels, given), "known": loaded["known"] | ~unset[:, 0]}
 
     stop = _FOREVER if num_steps is None else start_step + num_steps
     return _in_order(batch, range(start_step, stop), workers, images is not None)
