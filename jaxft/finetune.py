@@ -219,7 +219,6 @@ def _train(
             task.best,
             run.save_every,
             mesh,
-            final=net is nets[-1],
         )
         if number < progress.phase or (net is nets[-1] and plan.over(progress.history)):
             continue

@@ -93,7 +93,6 @@ class Plan:
         monitor: the figure of the task that is judged, and `best` which of its values is.
         save_every: steps between checkpoints beside those at epochs' ends; None for none.
         mesh: the devices that share each batch.
-        final: whether the run ends with this phase.
     """
 
     phase: Phase
@@ -104,7 +103,6 @@ class Plan:
     best: Literal["lowest", "highest"]
     save_every: int | None
     mesh: Mesh
-    final: bool = True
 
     def values(self, history: Sequence[Mapping[str, Any]]) -> list[float]:
         """The monitored value of each epoch of this phase, in order; NaN where it is undefined."""
@@ -300,8 +298,7 @@ def fit(
             if stops:
                 break
         checkpoints.wait()
-        ends = plan.final and plan.over(progress.history)
-        if not ends and devices.any_process(bool(stop)):  # it may have come during the last evaluation or save
+        if devices.any_process(bool(stop)):  # it may have come during the last evaluation or save
             raise _stopped(stop, step)
     return state
 

@@ -234,7 +234,7 @@ def singles(first, last):
     return map(train.Dispatch, map(tiny.batch, range(first, last)))
 
 
-def run(folder, *, phase=None, number=0, final=True, batches=singles, save_every=None, train_step=None, judged=None):
+def run(folder, *, phase=None, number=0, batches=singles, save_every=None, train_step=None, judged=None):
     """One phase of `fit` in a folder, four steps an epoch; returns (state, history)."""
     phase = phase or Phase(3, optim.Constant(0.1))
     mesh = devices.mesh()
@@ -253,7 +253,7 @@ def run(folder, *, phase=None, number=0, final=True, batches=singles, save_every
         if checkpoints.latest() is not None:
             progress = train.Progress(**checkpoints.run()["progress"])
             state = checkpoints.restore(state)
-        plan = train.Plan(phase, number, 4, 8, "loss", "lowest", save_every, mesh, final)
+        plan = train.Plan(phase, number, 4, 8, "loss", "lowest", save_every, mesh)
         state = train.fit(state, train_step or make_step(), batches, plan, progress, checkpoints, judge)
         return state, progress.history
     finally:
@@ -430,7 +430,7 @@ def usual():
 
 @pytest.mark.parametrize("when", ["evaluation", "save"])
 def test_a_signal_during_the_last_evaluation_or_save_of_a_phase_stops_the_run(tmp_path, monkeypatch, usual, when):
-    """Bug: the signal is caught and forgotten, so that the next phase begins and the machine is taken away."""
+    """Bug: the signal is caught and forgotten, so that the next phase, fold or run begins until the machine is gone."""
     if when == "save":
         save = Checkpoints.save
 
@@ -445,9 +445,10 @@ def test_a_signal_during_the_last_evaluation_or_save_of_a_phase_stops_the_run(tm
         judged = lambda state, row: tiny.stop() if row["step"] == 8 else None  # noqa: E731
     phase = Phase(2, optim.Constant(0.1))
     with pytest.raises(train.Stopped, match="step 8 is saved"):
-        run(tmp_path / "stopped", phase=phase, final=False, judged=judged)
+        run(tmp_path, phase=phase, judged=judged)
     assert {number: signal.getsignal(number) for number in usual} == usual
-    state, history = run(tmp_path / "whole", phase=phase, final=True, judged=judged)  # is over all the same
+    monkeypatch.undo()
+    state, history = run(tmp_path, phase=phase)  # nothing is left to train
     assert int(state.step) == 8 and len(history) == 2
     assert {number: signal.getsignal(number) for number in usual} == usual
 
