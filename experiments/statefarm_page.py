@@ -114,15 +114,14 @@ def _predictions(found: Probabilities | None, dataset: Dataset) -> Predictions:
 
 def _by_step(solved: Sequence[Solved]) -> dict[str, str]:
     series = {}
-    for one in solved:
-        for side, word in (("out_of_fold", "out of fold"), ("test", "test")):
-            steps = [(i, step) for i, step in enumerate(one.steps, 1) if not (step.apart and step.kept is None)]
-            losses = [_figures(step, side)["loss"] for _, step in steps]
-            if np.isfinite(losses).any():
-                seed = f", seed {one.run.seed}" if len(solved) > 1 else ""
-                series[f"{word}{seed}"] = ([float(i) for i, _ in steps], losses)
+    places = [i for i, step in enumerate(solved[0].steps) if not (step.apart and step.kept is None)]
+    for side, word in (("out_of_fold", "out of fold"), ("test", "test")):
+        losses = [float(np.mean([_figures(one.steps[i], side)["loss"] for one in solved])) for i in places]
+        if np.isfinite(losses).any():
+            series[word] = ([i + 1.0 for i in places], losses)
     svg = charts.lines("log loss by step", series, "step, as numbered in the table")
-    return {"title": "Log loss by step", "svg": svg, "remark": "those not kept too"}
+    remark = "those not kept too" + ("; mean over seeds" if len(solved) > 1 else "")
+    return {"title": "Log loss by step", "svg": svg, "remark": remark}
 
 
 def _curves(runs: Sequence[pathlib.Path]) -> list[dict[str, str]]:

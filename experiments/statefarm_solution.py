@@ -7,8 +7,8 @@ with known labels.
 
     python -m experiments.statefarm_solution --data-dir FOLDER_WITH_IMGS_AND_CSV
 
-Result on State Farm: not measured. On the stand-in: log loss 0.394 ± 0.024 and 87.4 ± 0.5 % on the test set, a single net
-0.525 ± 0.023 and 84.7 ± 0.9 % (three seeds; all steps in docs/statefarm.md).
+Result on State Farm: not measured. On the stand-in: log loss 0.394 ± 0.024 and 87.4 ± 0.5 % on the test set, a
+single net 0.525 ± 0.023 and 84.7 ± 0.9 % (three seeds; all steps in docs/statefarm.md).
 """
 
 if __name__ == "__main__":  # before JAX is imported, so that nothing is imported twice

@@ -14,7 +14,8 @@ text{font:12px system-ui,sans-serif;fill:var(--text,#24292f)}.faint{fill:var(--f
 .mark{stroke:var(--faint,#6b7280);stroke-width:1;stroke-dasharray:3 3}
 .c0{stroke:var(--c0,#0969da);fill:var(--c0,#0969da)}.c1{stroke:var(--c1,#bc4c00);fill:var(--c1,#bc4c00)}
 .c2{stroke:var(--c2,#1a7f37);fill:var(--c2,#1a7f37)}.c3{stroke:var(--c3,#8250df);fill:var(--c3,#8250df)}
-path.c0,path.c1,path.c2,path.c3{fill:none;stroke-width:2}.cell{fill:var(--cell,#0969da)}.pale{fill:#fff}"""
+path.c0,path.c1,path.c2,path.c3{fill:none;stroke-width:2}
+path.again{stroke-dasharray:6 4}circle.again{fill:none;stroke-width:2}.cell{fill:var(--cell,#0969da)}.pale{fill:#fff}"""
 DARK = """\
 @media (prefers-color-scheme:dark){svg{--text:#e6edf3;--faint:#8b949e;--line:#30363d;--c0:#58a6ff;--c1:#f0883e;
 --c2:#3fb950;--c3:#bc8cff;--cell:#1f6feb;background:#0d1117}}"""
@@ -29,7 +30,7 @@ def lines(
     marks: Mapping[float, str] | None = None,
     limits: tuple[float, float] | None = None,
 ) -> str:
-    """Curves with points, one colour each, a legend above; NaN breaks a curve.
+    """Curves with points, one colour each, the fifth to eighth dashed, a legend above; NaN breaks a curve.
 
     Args:
         title: what a screen reader says.
@@ -53,7 +54,7 @@ def lines(
         end, at = at_x(place) > WIDTH * 0.7, TOP + 10 + 14 * (row % 2)  # words of neighbours stand below each other
         parts.append(_text(at_x(place) + (-4 if end else 4), at, word, "end" if end else "start", "faint"))
     for number, (name, (px, py)) in enumerate(series.items()):
-        colour, pen, path = f"c{number % 4}", "M", []
+        colour, pen, path = _colour(number), "M", []
         for a, b in zip(px, py, strict=True):
             if math.isfinite(b):
                 path.append(f"{pen}{at_x(a):.1f} {at_y(b):.1f}")
@@ -207,6 +208,10 @@ def _frame(
     return parts
 
 
+def _colour(number: int) -> str:
+    return f"c{number % 4}" + (" again" if number // 4 % 2 else "")
+
+
 def _svg(title: str, parts: Sequence[str], names: Sequence[str]) -> str:
     """A chart; the names of its colours stand in lines above it."""
     legend, x, y = [], LEFT, -4
@@ -214,7 +219,7 @@ def _svg(title: str, parts: Sequence[str], names: Sequence[str]) -> str:
         wide = 26 + 7 * len(name)
         if x + wide > WIDTH and x > LEFT:
             x, y = LEFT, y - 18
-        legend.append(f'<circle class="c{number % 4}" r="4" cx="{x + 4}" cy="{y - 4}"/>{_text(x + 14, y, name)}')
+        legend.append(f'<circle class="{_colour(number)}" r="4" cx="{x + 4}" cy="{y - 4}"/>{_text(x + 14, y, name)}')
         x += wide
     top = y - 16 if names else 0
     return _whole(title, f"0 {top} {WIDTH} {HEIGHT - top}", WIDTH * 1.4, [*legend, *parts])
