@@ -89,8 +89,8 @@ def programs(program, arguments, environment, devices_each=1, environments=({},)
     finally:
         for process in running:
             process.kill()
-    for process, (_, errors) in zip(running, said, strict=True):
-        assert (process.returncode < 0) == killed and (killed or process.returncode == 0), errors
+    codes = [process.returncode for process in running]
+    assert all(code < 0 if killed else code == 0 for code in codes), (codes, [errors for _, errors in said])
     if killed:
         return []
     return [json.loads(out.split("RESULT ")[1]) for out, _ in said]
@@ -309,7 +309,7 @@ def test_every_module_imports_where_posix_modules_are_missing():
 
 
 RUN = """
-import json, os, signal, sys, time
+import json, os, signal, sys, threading, time
 from jaxft import devices
 devices.SPLIT_BYTES = 64
 folder, flags = sys.argv[1], json.loads(sys.argv[2])
@@ -323,8 +323,10 @@ from jaxft.phase import Phase
 from jaxft.runs import Run
 from jaxft.train import Stopped
 
+unsent = threading.Lock()  # two threads can ask for an epoch's order at once, and a second signal would kill
+
 def in_order(dataset, indices, seed, epoch):
-    if epoch == 1 and os.environ["STOP"] == str(devices.process()[0]):
+    if epoch == 1 and os.environ["STOP"] == str(devices.process()[0]) and unsent.acquire(blocking=False):
         os.kill(os.getpid(), signal.SIGTERM)
     if epoch == 1 and os.environ["STOP"] == "killed":
         time.sleep(1)  # the checkpoint of the epoch before is written meanwhile
