@@ -19,6 +19,7 @@ from jaxft.task import LOG_LOSS_CLIP
 
 SPARE = 8  # candidates beside the k, among which exact distances choose
 GATHER_BYTES = 256 * 2**20  # of candidates that are compared at once
+BLOCK_ROWS = 2**13  # at most, of a block: the products of two take 256 MB, of which some copies are alive at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +55,7 @@ def search(features: Any, k: int, *, block_bytes: int = 2**30) -> Neighbours:
     if not 1 <= k <= count:
         raise ValueError(f"k={k} neighbours of {count} images: choose 1 to {count}, the image itself included")
     most = min(k + SPARE, count)
-    size = max(1, min(count, block_bytes // (4 * max(width, 1)), 2**14))
+    size = max(1, min(count, block_bytes // (4 * max(width, 1)), BLOCK_ROWS))
     size = -(-count // -(-count // size))  # blocks of nearly equal length
     firsts = list(range(0, count, size))
     centre = jnp.nan_to_num(jnp.nanmean(jnp.asarray(features[:size], jnp.float32).reshape(-1, width), 0), posinf=0)
