@@ -11,18 +11,19 @@ EPSILON, MOMENTUM = 1e-3, 0.9
 
 
 class Unit(nn.Module):
-    """A convolution with a bias, its BatchNorm and a ReLU; or, if `apart`, a BatchNorm alone."""
+    """A convolution with a bias, its BatchNorm and a ReLU; or, if `apart`, the latter alone."""
 
     inference: bool
     apart: bool = False
+    relu: bool = True
     dtype: type = jnp.float32
 
     @nn.compact
     def __call__(self, x):
         norm = BatchNorm(6, self.inference, MOMENTUM, EPSILON, True, self.dtype, name="norm")
         if self.apart:
-            return norm(x)
-        return Conv(6, (3, 3), relu=True, dtype=self.dtype, name="conv")(x, norm)
+            return norm(x, relu=self.relu)
+        return Conv(6, (3, 3), relu=self.relu, dtype=self.dtype, name="conv")(x, norm)
 
 
 def draw(far, bias=1.0):
@@ -71,8 +72,9 @@ def test_a_convolution_with_its_batch_norm(inference, far, bias, least, monkeypa
         np.testing.assert_allclose(changed["batch_stats"]["norm"][name], expected, rtol=(1 + far * far) * 2e-6)
 
 
+@pytest.mark.parametrize("relu", [False, True], ids=["", "ReLU"])
 @pytest.mark.parametrize("apart", [False, True], ids=["after a convolution", "alone"])
-def test_the_gradient_is_that_of_its_definition(apart, monkeypatch):
+def test_the_gradient_is_that_of_its_definition(apart, relu, monkeypatch):
     """Bug: a term of the written-out gradient is missing, of the mean or the variance that depend on every pixel."""
     monkeypatch.setattr(convolution, "MIN_MACS", 0)
     variables, x = draw(1)
@@ -83,13 +85,13 @@ def test_the_gradient_is_that_of_its_definition(apart, monkeypatch):
 
     def ours(params, x):
         both = {"params": params, "batch_stats": float32(stats)}
-        return (Unit(False, apart).apply(both, x, mutable=["batch_stats"])[0] * weight.astype(np.float32)).sum()
+        return (Unit(False, apart, relu).apply(both, x, mutable=["batch_stats"])[0] * weight.astype(np.float32)).sum()
 
     def definition(params, x):
         y = x if apart else convolved(x, params["conv"]["kernel"], params["conv"]["bias"], numpy=jnp)
         y = (y - y.mean((0, 1, 2))) / jnp.sqrt(y.var((0, 1, 2)) + EPSILON)
         y = y * params["norm"]["scale"] + params["norm"]["bias"]
-        return ((y if apart else jnp.maximum(y, 0)) * weight).sum()
+        return ((jnp.maximum(y, 0) if relu else y) * weight).sum()
 
     params = {name: leaves for name, leaves in variables["params"].items() if not apart or name == "norm"}
     found = jax.grad(ours, (0, 1))(float32(params), jnp.float32(x))

@@ -11,11 +11,15 @@ processor's speed or less, and 1×1 convolutions at half of it. Here
 - convolutions at a stride are products with the pixels of each window laid side by side, forward and backward, unless
   they have few channels,
 - convolutions of images at a stride lay the rows of each window side by side and add up columns,
-- the gradient of any other kernel is a product for each of its taps.
+- the gradient of any other kernel is a product for each of its taps,
+- in bfloat16, convolutions of many channels and the gradients of all kernels are a product for each row of the kernel,
+  whose numbers are multiplied as they are and added up in float32. Convolutions of fewer channels are computed as
+  above, in float32: minimal filtering would round its sums once more.
 
 A batch that lies on several devices stays there; the gradient of a kernel is summed over them once.
 
-All results stay within float32 rounding of the direct sum. The kernels' gradients are nearer to it than XLA's.
+All results stay within float32 rounding of the direct sum, and are then rounded to the type of the images; gradients of
+kernels stay float32. They are nearer to the direct sum than XLA's.
 
 Source: Lavin and Gray, 2015, arXiv:1509.09308, section 4. Speeds: `python -m benchmarks.convolutions`.
 """
@@ -44,6 +48,8 @@ MIN_CHANNELS = 32  # fewer make products too thin to pay for the transforms
 IMAGE_CHANNELS = 4  # at most as many are laid side by side with those of the next pixel
 CHUNK_PIXELS = 56 * 56  # of the images that are transformed at once: their planes stay in the cache of a core
 CHUNK_CHANNELS = 128  # with fewer to sum over, twice as many: short products of few channels are slow
+WIDE_CHANNELS = 128  # with as many, products of bfloat16 are faster than minimal filtering in float32
+BLOCK_ROWS = 512  # of a matrix that is transposed at once: a strip of them fits the first cache of a core
 
 
 def _of_input(d: Rows) -> list:
@@ -188,6 +194,61 @@ def _same(y: jax.Array) -> jax.Array:
     return y
 
 
+def _times(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The product with the kernel in the type of x, added up in float32."""
+    return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    """What is moved in place of bfloat16, which XLA's CPU backend turns into float32 and back to move it."""
+    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+
+
+def _of_bits(x: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
+
+
+def _kernel_rows(x: jax.Array, dy_rows: int, size: tuple[int, ...], stride: int, pads: Pads) -> list[jax.Array]:
+    """For each row of a kernel of that size, what it meets, side by side: [B, H', W', w · C]."""
+    rows = jnp.concatenate(windows(_bits(x), (1, size[1]), (1, stride), ((0, 0), pads[1])), -1)
+    rows = lax.pad(rows, jnp.zeros((), rows.dtype), ((0, 0, 0), (*pads[0], 0), (0, 0, 0), (0, 0, 0)))
+    return [_of_bits(rows[:, i : i + (dy_rows - 1) * stride + 1 : stride]) for i in range(size[0])]
+
+
+def wide_output(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads, finish: Finish = _same) -> jax.Array:
+    """x [B, H, W, C] ∗ kernel [h, w, C, D]: a product for each row of the kernel, in the type of x."""
+    height = (x.shape[1] + sum(pads[0]) - len(kernel)) // stride + 1
+
+    def chunk(x: jax.Array) -> jax.Array:
+        met = _kernel_rows(x, height, kernel.shape[:2], stride, pads)
+        parts = [_times(row, taps.reshape(-1, kernel.shape[3])) for row, taps in zip(met, kernel, strict=True)]
+        return finish(sum(parts[1:], parts[0]))
+
+    return _by_chunks(chunk, x)
+
+
+def wide_kernel_gradient(x: jax.Array, dy: jax.Array, size: tuple[int, ...], stride: int, pads: Pads) -> jax.Array:
+    """The gradient [*size, C, D] of any kernel: a product for each of its rows, in the type of x.
+
+    XLA's CPU backend multiplies a transposed matrix of bfloat16 at a tenth of the speed, and transposes a large one
+    slowly: the output's gradient is transposed block by block.
+    """
+
+    def rows(x: jax.Array, dy: jax.Array) -> jax.Array:
+        pixels = dy[..., 0].size
+        block = max(n for n in range(1, BLOCK_ROWS + 1) if pixels % n == 0)
+        blocks = _bits(dy).reshape(pixels // block, block, -1).swapaxes(1, 2)
+        blocks = _of_bits(lax.optimization_barrier(blocks))
+        totals = []
+        for row in _kernel_rows(x, dy.shape[1], size, stride, pads):
+            parts = list(map(_times, blocks, _of_bits(_bits(row).reshape(pixels // block, block, -1))))
+            totals.append(sum(parts[1:], parts[0]))
+        return jnp.stack(totals)
+
+    total = _sum_by_chunks(rows, x, dy.astype(x.dtype))
+    return total.reshape(size[0], -1, size[1], x.shape[3]).transpose(0, 2, 3, 1)
+
+
 def minimal_output(
     x: jax.Array, kernel: jax.Array, stride: int, pads: Pads, finish: Finish = _same, *, turned: bool = False
 ) -> jax.Array:
@@ -205,6 +266,7 @@ def minimal_output(
     ]
 
     def chunk(x: jax.Array) -> jax.Array:
+        x = x.astype(jnp.float32)
         products = [list(map(jnp.matmul, *rows)) for rows in zip(_met(x, size, pads), filters, strict=True)]
         y = jnp.stack([jnp.stack(row, 3) for row in _both_axes(_to_output, products)], 2)
         _, down, rows, across, columns, _ = y.shape  # rows and columns of a tile's output: 2, or 1 for a single tap
@@ -244,7 +306,7 @@ def patch_output(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads, finis
 
     def chunk(x: jax.Array) -> jax.Array:
         patches = jnp.concatenate(windows(x, kernel.shape[:2], (stride, stride), pads), -1)
-        return finish(patches @ kernel.reshape(-1, kernel.shape[3]))
+        return finish(_times(patches, kernel.reshape(-1, kernel.shape[3])))
 
     return _by_chunks(chunk, x)
 
@@ -263,6 +325,7 @@ def row_output(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads, finish:
 
     def chunk(x: jax.Array) -> jax.Array:
         ends = (0, 0, 0), (*pads[0], 0), (left, pixels - left - x.shape[2], 0), (0, 0, 0)
+        x = x.astype(jnp.float32)
         x = lax.pad(x, jnp.zeros((), x.dtype), ends).reshape(len(x), -1, pixels // stride, stride * channels)
         rows = jnp.concatenate(windows(x, (height, 1), (stride, 1), ((0, 0), (0, 0))), -1)
         parts = jnp.split(rows @ groups, reach, -1)
@@ -283,32 +346,33 @@ def patch_input_gradient(
     rows, columns = (-(-(side + sum(pad)) // stride) for side, pad in zip(sides, pads, strict=True))
 
     def chunk(dy: jax.Array) -> jax.Array:
-        sets = []
+        dtype, sets = dy.dtype, []
         for i in range(stride):
             for j in range(stride):
                 taps = kernel[i::stride, j::stride][::-1, ::-1].swapaxes(2, 3)
                 around = [
                     (k - 1, n - m) for k, n, m in zip(taps.shape[:2], (rows, columns), dy.shape[1:3], strict=True)
                 ]
-                patches = jnp.concatenate(windows(dy, taps.shape[:2], (1, 1), tuple(around)), -1)
-                sets.append(patches @ taps.reshape(-1, kernel.shape[2]))
+                patches = jnp.concatenate(windows(_bits(dy), taps.shape[:2], (1, 1), tuple(around)), -1)
+                sets.append(_bits(_times(_of_bits(patches), taps.reshape(-1, kernel.shape[2])).astype(dtype)))
         x = jnp.stack(sets, 3).reshape(*sets[0].shape[:3], stride, stride, -1).swapaxes(2, 3)
         x = x.reshape(len(dy), rows * stride, columns * stride, -1)
         ends = [slice(low, low + side) for side, (low, _) in zip(sides, pads, strict=True)]
-        return x[:, *ends]
+        return _of_bits(x[:, *ends])
 
     return _by_chunks(chunk, dy, height * width)
 
 
 def product(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads, finish: Finish = _same) -> jax.Array:
     """A 1×1 convolution without padding."""
-    return finish(x[:, ::stride, ::stride] @ kernel[0, 0])
+    return finish(_times(_of_bits(_bits(x)[:, ::stride, ::stride]), kernel[0, 0]))
 
 
 def direct(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads, finish: Finish = _same) -> jax.Array:
     """XLA's own convolution."""
     layout = ("NHWC", "HWIO", "NHWC")
-    return finish(lax.conv_general_dilated(x, kernel, (stride, stride), pads, dimension_numbers=layout))
+    y = lax.conv_general_dilated(x, kernel.astype(x.dtype), (stride, stride), pads, dimension_numbers=layout)
+    return finish(y)
 
 
 def product_input_gradient(dy: jax.Array, kernel: jax.Array, stride: int, height: int, width: int) -> jax.Array:
@@ -316,10 +380,12 @@ def product_input_gradient(dy: jax.Array, kernel: jax.Array, stride: int, height
     ends = [
         (0, side - 1 - (n - 1) * stride, stride - 1) for side, n in zip((height, width), dy.shape[1:3], strict=True)
     ]
-    return lax.pad(dy @ kernel[0, 0].T, jnp.zeros((), dy.dtype), ((0, 0, 0), *ends, (0, 0, 0)))
+    turned = lax.optimization_barrier(kernel[0, 0].T.astype(dy.dtype)) if dy.dtype == jnp.bfloat16 else kernel[0, 0].T
+    dx = _bits(_times(dy, turned).astype(dy.dtype))
+    return _of_bits(lax.pad(dx, jnp.zeros((), dx.dtype), ((0, 0, 0), *ends, (0, 0, 0))))
 
 
-def fastest(kernel: jax.Array, stride: int) -> Callable[..., jax.Array]:
+def fastest(x: jax.Array, kernel: jax.Array, stride: int) -> Callable[..., jax.Array]:
     """The function that computes (x, kernel, stride, pads, finish) fastest."""
     size, (channels, features) = kernel.shape[:2], kernel.shape[2:]
     if size == (1, 1):
@@ -328,21 +394,25 @@ def fastest(kernel: jax.Array, stride: int) -> Callable[..., jax.Array]:
         return row_output
     if min(channels, features) < MIN_CHANNELS:
         return direct
+    if x.dtype == jnp.bfloat16 and (stride > 1 or min(channels, features) >= WIDE_CHANNELS):
+        return wide_output
     if stride > 1:
         return patch_output if min(size) >= stride else direct
     return minimal_output if size in MINIMAL else direct
 
 
 def _input_gradient(x: jax.Array, dy: jax.Array, kernel: jax.Array, stride: int, pads: Pads) -> jax.Array:
-    way = fastest(kernel, stride)
+    way = fastest(x, kernel, stride)
     if way is product:
         return product_input_gradient(dy, kernel, stride, *x.shape[1:3])
-    if way is patch_output:
+    if stride > 1 and way in (patch_output, wide_output) and min(kernel.shape[:2]) >= stride:
         return patch_input_gradient(dy, kernel, stride, pads, *x.shape[1:3])
     if way is direct or stride > 1:
-        return jax.linear_transpose(lambda x: direct(x, kernel, stride, pads), x)(dy)[0]
+        return jax.linear_transpose(lambda x: direct(x, kernel.astype(x.dtype), stride, pads), x)(dy)[0]
     around = tuple((k - 1 - low, k - 1 - high) for k, (low, high) in zip(kernel.shape[:2], pads, strict=True))
-    return minimal_output(dy, kernel, 1, around, turned=True)
+    if way is wide_output:
+        return wide_output(dy, kernel[::-1, ::-1].swapaxes(2, 3), 1, around, lambda y: y.astype(dy.dtype))
+    return minimal_output(dy, kernel, 1, around, lambda y: y.astype(dy.dtype), turned=True)
 
 
 def explicit_pads(
@@ -367,24 +437,25 @@ def convolve(
 ) -> jax.Array:
     """x [B, H, W, C] ∗ kernel [h, w, C, D], times factor [D], plus bias [D], through a ReLU: [B, H', W', D].
 
-    It is XLA's own convolution, with the factor in its kernel, where the default backend is not a CPU, where x is not
-    float32, and where there is little work.
+    The output has the type of x. It is XLA's own convolution, with the factor in its kernel, where the default backend
+    is not a CPU, where x is neither float32 nor bfloat16, and where there is little work.
     """
     pads = explicit_pads(x, kernel.shape[:2], (strides, strides), padding)
     macs = x.size // strides**2 * math.prod(kernel.shape[:2]) * kernel.shape[3]
     padded_product = kernel.shape[:2] == (1, 1) and any(map(any, pads))
     cropped = min(map(min, pads)) < 0
-    if not of_cpu() or x.dtype != jnp.float32 or macs < MIN_MACS or padded_product or cropped:
+    if not of_cpu() or x.dtype not in (jnp.float32, jnp.bfloat16) or macs < MIN_MACS or padded_product or cropped:
         kernel = kernel if factor is None else kernel * factor
         bias = bias if bias is None else bias.astype(x.dtype)
         return _finish(direct(x, kernel.astype(x.dtype), strides, pads), None, bias, relu)
     return _conv(x, kernel, factor, bias, relu, strides, pads)
 
 
-def _finish(y: jax.Array, factor: jax.Array | None, bias: jax.Array | None, relu: bool) -> jax.Array:
+def _finish(y: jax.Array, factor: jax.Array | None, bias: jax.Array | None, relu: bool, dtype: Any = None) -> jax.Array:
     y = y if factor is None else y * factor
     y = y if bias is None else y + bias
-    return nn.relu(y) if relu else y
+    y = nn.relu(y) if relu else y
+    return y if dtype is None else y.astype(dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
@@ -397,7 +468,8 @@ def _conv(
     stride: int,
     pads: Pads,
 ) -> jax.Array:
-    return fastest(kernel, stride)(x, kernel, stride, pads, partial(_finish, factor=factor, bias=bias, relu=relu))
+    finish = partial(_finish, factor=factor, bias=bias, relu=relu, dtype=x.dtype)
+    return fastest(x, kernel, stride)(x, kernel, stride, pads, finish)
 
 
 def _forward(x, kernel, factor, bias, relu, stride, pads):
@@ -408,10 +480,12 @@ def _forward(x, kernel, factor, bias, relu, stride, pads):
 def _backward(relu, stride, pads, saved, dy):
     x, kernel, factor, biased, y = saved
     dy = jnp.where(y > 0, dy, 0) if relu else dy
-    of_bias = dy.sum((0, 1, 2)) if biased else None
+    of_bias = dy.sum((0, 1, 2), jnp.float32) if biased else None
     scaled = kernel if factor is None else kernel * factor
     of_x = _input_gradient(x, dy, scaled, stride, pads)
-    if fastest(kernel, stride) is minimal_output:
+    if x.dtype == jnp.bfloat16:
+        of_kernel = wide_kernel_gradient(x, dy, kernel.shape[:2], stride, pads)
+    elif fastest(x, kernel, stride) is minimal_output:
         of_kernel = minimal_kernel_gradient(x, dy, kernel.shape[:2], pads)
     else:
         of_kernel = tap_kernel_gradient(x, dy, kernel.shape[:2], stride, pads)

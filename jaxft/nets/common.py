@@ -12,6 +12,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jaxft.checks import is_int, is_real
+from jaxft.kernels import of_cpu
 from jaxft.kernels.conv import convolve
 from jaxft.kernels.dense import dot_general
 from jaxft.kernels.norm import normalise
@@ -208,23 +209,29 @@ class BatchNorm(nn.Module):
         mean = self.running_mean.value if bias is None else self.running_mean.value - lax.stop_gradient(bias)
         return mean.astype(self.dtype)
 
-    def of_batch(self, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-        """Normalises x [..., C], which is less offset(bias), by the batch, and moves the running statistics.
+    def of_batch(
+        self, x: jax.Array, bias: jax.Array | None = None, *, less: bool = True, relu: bool = False
+    ) -> jax.Array:
+        """Normalises x [..., C] by the batch, maybe through a ReLU, and moves the running statistics.
 
-        A mean takes a bias out again: the bias has no gradient, and nothing but the running mean depends on it.
+        `less` says that x is less offset(bias) already. A mean takes a bias out again: the bias has no gradient, and
+        nothing but the running mean depends on it.
         """
-        y, mean, var = normalise(x, self.gamma, self.beta, self.epsilon)  # type: ignore[misc]
-        mean = mean + self.offset(bias)
+        offset = self.offset(bias)
+        y, mean, var = normalise(x, None if less else offset, self.gamma, self.beta, self.epsilon, relu)  # type: ignore[misc]
+        mean = mean + offset
         mean = mean if bias is None else mean + lax.stop_gradient(bias)
         if not self.is_initializing():
             for running, batch in ((self.running_mean, mean), (self.running_var, var)):
                 running.value = self.momentum * running.value + (1 - self.momentum) * batch
         return y.astype(self.dtype)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, *, relu: bool = False) -> jax.Array:
+        """x [..., C] normalised, maybe through a ReLU."""
         if not self.inference:
-            return self.of_batch(x - self.offset())
-        return ((x - self.running_mean.value) * self.affine()[0] + self.beta).astype(self.dtype)
+            return self.of_batch(x, less=False, relu=relu)
+        y = (x - self.running_mean.value) * self.affine()[0] + self.beta
+        return (nn.relu(y) if relu else y).astype(self.dtype)
 
 
 class Conv(nn.Module):
@@ -263,7 +270,8 @@ class Conv(nn.Module):
         options = {"strides": self.strides, "padding": self.padding, "relu": self.relu and at_once}
         x = convolve(x.astype(self.dtype), kernel, shift, factor=factor, **options)
         x = x if self.mean is None else self.mean(x)
-        x = norm.of_batch(x, bias) if norm is not None and of_batch else x
+        if norm is not None and of_batch:
+            return norm.of_batch(x, bias, relu=self.relu)
         return nn.relu(x) if self.relu and not at_once else x
 
 
@@ -319,9 +327,14 @@ class Scale(nn.Module):
 
 
 def dense(x: jax.Array, name: str, width: int, dtype: DTypeLike) -> jax.Array:
-    """A dense layer with Keras's initializer: x [B, C] → [B, width]; to be called inside a compact module."""
-    kernel_init = nn.initializers.glorot_uniform()
-    return nn.Dense(width, kernel_init=kernel_init, dtype=dtype, dot_general=dot_general, name=name)(x)
+    """A dense layer with Keras's initializer: x [B, C] → [B, width] of `dtype`; to be called inside a compact module.
+
+    On a CPU it computes in float32, whatever the dtype: what takes time is to read the kernel, and to round it first
+    would be to read it twice.
+    """
+    kernel_init, computed = nn.initializers.glorot_uniform(), jnp.float32 if of_cpu() else dtype
+    layer = nn.Dense(width, kernel_init=kernel_init, dtype=computed, dot_general=dot_general, name=name)
+    return layer(x).astype(dtype)
 
 
 def head_widths(hidden: tuple[int, ...], last: str, num_classes: int | None) -> dict[str, int]:

@@ -106,8 +106,8 @@ class DenseNet(Net):
 
         def norm_relu(x: jax.Array, stem: str) -> jax.Array:
             name, *scale = self._norm(stem)
-            x = norm(name, x.shape[-1])(x)
-            return nn.relu(Scale(self.dtype, name=scale[0])(x) if scale else x)
+            x = norm(name, x.shape[-1])(x, relu=not scale)
+            return nn.relu(Scale(self.dtype, name=scale[0])(x)) if scale else x
 
         def conv_norm_relu(
             x: jax.Array, name: str, stem: str, width: int, kernel: tuple[int, int], **options: Any
