@@ -16,6 +16,8 @@ CASES = {  # height, width, channels in and out, kernel, stride, padding
     "3×3 padded unevenly": (21, 22, 33, 32, (3, 3), 1, ((0, 1), (2, 1))),
     "3×3 on a small map": (7, 8, 32, 40, (3, 3), 1, "SAME"),
     "3×3 of few channels": (16, 17, 3, 40, (3, 3), 1, "SAME"),
+    "3×3 to few channels padded unevenly": (12, 13, 40, 9, (3, 3), 1, ((0, 1), (2, 1))),
+    "1×3 to few channels without padding": (7, 9, 36, 9, (1, 3), 1, "VALID"),
     "3×3 at stride 2": (16, 17, 32, 34, (3, 3), 2, "SAME"),
     "3×3 at stride 2, the last row and column unused": (16, 18, 32, 32, (3, 3), 2, "VALID"),
     "3×3 at stride 3": (11, 13, 32, 32, (3, 3), 3, ((1, 0), (2, 1))),

@@ -8,6 +8,7 @@ processor's speed or less, and 1×1 convolutions at half of it. Here
   16 matrix products with 4/9 of the multiplications. A longer kernel is split into kernels of three taps; after the
   first three taps, each begins with a zero. 5×5 kernels take 49/100 of the multiplications, 7×1 and 1×7 ones 10/14,
   3×1 and 1×3 ones 4/6,
+- the gradient of a kernel with few channels of output is one product with the windows of the output's gradient,
 - convolutions at a stride are products with the pixels of each window laid side by side, forward and backward, unless
   they have few channels,
 - convolutions of images at a stride lay the rows of each window side by side and add up columns,
@@ -49,6 +50,7 @@ IMAGE_CHANNELS = 4  # at most as many are laid side by side with those of the ne
 CHUNK_PIXELS = 56 * 56  # of the images that are transformed at once: their planes stay in the cache of a core
 CHUNK_CHANNELS = 128  # with fewer to sum over, twice as many: short products of few channels are slow
 WIDE_CHANNELS = 128  # with as many, products of bfloat16 are faster than minimal filtering in float32
+MANY_TIMES = 4  # the channels of the output: then its windows take little room beside the input
 BLOCK_ROWS = 512  # of a matrix that is transposed at once: a strip of them fits the first cache of a core
 
 
@@ -311,6 +313,17 @@ def patch_output(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads, finis
     return _by_chunks(chunk, x)
 
 
+def few_kernel_gradient(x: jax.Array, dy: jax.Array, size: tuple[int, ...], pads: Pads) -> jax.Array:
+    """The gradient [*size, C, D] of a kernel at stride 1 of few D: one product with the windows of dy, side by side."""
+    around = tuple((k - 1 - low, k - 1 - high) for k, (low, high) in zip(size, pads, strict=True))
+
+    def product(x: jax.Array, dy: jax.Array) -> jax.Array:
+        return _flat(x).T @ _flat(jnp.concatenate(windows(dy, size, (1, 1), around), -1))
+
+    taps = _sum_by_chunks(product, x, dy).reshape(x.shape[3], *size, dy.shape[3])
+    return taps[:, ::-1, ::-1].transpose(1, 2, 0, 3)
+
+
 def row_output(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads, finish: Finish = _same) -> jax.Array:
     """x [B, H, W, C] ∗ kernel [h, w, C, D]: a product of each window's rows, side by side, then a sum.
 
@@ -485,6 +498,8 @@ def _backward(relu, stride, pads, saved, dy):
     of_x = _input_gradient(x, dy, scaled, stride, pads)
     if x.dtype == jnp.bfloat16:
         of_kernel = wide_kernel_gradient(x, dy, kernel.shape[:2], stride, pads)
+    elif stride == 1 and kernel.shape[2] >= MANY_TIMES * kernel.shape[3] and kernel.shape[:2] != (1, 1):
+        of_kernel = few_kernel_gradient(x, dy, kernel.shape[:2], pads)
     elif fastest(x, kernel, stride) is minimal_output:
         of_kernel = minimal_kernel_gradient(x, dy, kernel.shape[:2], pads)
     else:
