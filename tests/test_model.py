@@ -196,7 +196,7 @@ def test_load_prepares_what_finetune_takes(tmp_path):
 
 
 def test_compute_dtype(monkeypatch):
-    """Bug: bfloat16 on a CPU, where it is emulated, or float32 on a GPU."""
+    """Bug: bfloat16 on a CPU without being asked for, or float32 on a GPU."""
     for platform, expected in {"cpu": jnp.float32, "gpu": jnp.bfloat16, "tpu": jnp.bfloat16}.items():
         monkeypatch.setattr(jax, "default_backend", lambda platform=platform: platform)
         assert model.compute_dtype("auto") == expected

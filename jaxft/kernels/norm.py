@@ -15,9 +15,9 @@ def normalise(
 
     The variance is E[x²] - E[x]². It needs no copy of x, and is as exact as E[(x - E[x])²] where the mean is not larger
     than some standard deviations, which an offset near the mean sees to. The output is a · x + b, whose rounding grows
-    with the mean of x in standard deviations: 5e-7 of it at ten. The gradient is written out: it keeps x alone and reads
-    x and the output's gradient twice. Derivatives of single operations would keep the result of each, and write the
-    output's gradient once more for the ReLU, whose sign is computed from x again here.
+    with the mean of x in standard deviations: 5e-7 of it at ten. The gradient is written out: it keeps x alone and
+    reads x and the output's gradient twice. Derivatives of single operations would keep the result of each, and write
+    the output's gradient once more for the ReLU, whose sign is computed from x again here.
 
     Returns:
         (float32 [..., C], mean [C] and variance [C] of x less offset). The offset has no gradient.
