@@ -279,9 +279,10 @@ def first_layer(net: Any, params: Mapping[str, Any]) -> str | None:
 
 
 def compute_dtype(dtype: Any) -> Any:
-    """float32 on a CPU, where a run must not depend on the processor's instructions, bfloat16 on a GPU or TPU, for "auto".
+    """For "auto" float32 on a CPU and bfloat16 on a GPU or TPU; else what is given.
 
-    Anything else is what is given. On a CPU with instructions for bfloat16 that type is faster for wide convolutions.
+    On a CPU with instructions for bfloat16 that type is faster for wide convolutions, but what a run computes must not
+    depend on which processor it finds.
     """
     if dtype == "auto":
         return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
