@@ -9,6 +9,7 @@ steps, which it answers with their seconds.
 import dataclasses
 import gc
 import json
+import math
 import os
 import pathlib
 import sys
@@ -40,6 +41,7 @@ class Job:
         frozen: names of frozen layers.
         image_size, batch_size: of the images, (height, width), and of the batch.
         dtype: of the computation, float32 or bfloat16; parameters are float32.
+        predict: what every side does is no train step, but the logits of the batch.
     """
 
     net: str
@@ -48,6 +50,7 @@ class Job:
     image_size: tuple[int, int]
     batch_size: int
     dtype: str
+    predict: bool = False
 
     def batch(self) -> tuple[np.ndarray, np.ndarray]:
         """(preprocessed images float32 [B, H, W, 3], labels int32 [B])."""
@@ -69,6 +72,12 @@ def jaxft(job: Job, facts: dict[str, Any]) -> Step:
     options = without_dropout(job.net)
     variables, _ = port_weights.load(job.net, job.weights, num_classes=row.num_classes, **options)
     net = nets.create(job.net, row.num_classes, dtype=jnp.dtype(job.dtype), frozen=frozenset(job.frozen), **options)
+    if job.predict:
+        apply, variables = (
+            jax.jit(lambda variables, x: jnp.abs(net.apply(variables, x)[0]).mean()),
+            jax.device_put(variables),
+        )
+        return partial(apply, variables, jax.device_put(job.batch()[0]))
     state = train_state.create(net, variables, Phase(1, optim.Constant(LR), optim.NesterovSGD(MOMENTUM)))
     batch = jax.device_put(train.batch_of(*job.batch()))
     step = train.make_train_step(task.classification(), row.num_classes, lambda key, x, labels: (x, labels))
@@ -118,6 +127,7 @@ def frozen_layers(job: Job, model: Any) -> set[str]:
 
 def keras_step(job: Job, facts: dict[str, Any]) -> Step:
     import keras
+    from scipy.special import log_softmax, logsumexp
 
     model = keras_model(job)
     entropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -128,6 +138,15 @@ def keras_step(job: Job, facts: dict[str, Any]) -> Step:
     )
     images, labels = map(keras.ops.convert_to_tensor, job.batch())
     targets = [labels] * len(model.outputs) if len(model.outputs) > 1 else labels
+    if job.predict:
+
+        def logits() -> Any:
+            found = model.predict_on_batch(images)
+            if isinstance(found, list):  # GoogLeNet's prediction is the mean of three
+                found = logsumexp(log_softmax(np.stack(found), -1), 0) - math.log(len(found))
+            return np.abs(found).mean()
+
+        return logits
 
     def run() -> Any:
         result = model.train_on_batch(images, targets)
@@ -177,15 +196,25 @@ def torch_step(job: Job, facts: dict[str, Any], make: Callable[[Job], Any], mode
     images, labels = (torch.from_numpy(x).to(device) for x in job.batch())
     images = images.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
     labels = labels.long()
+    if job.predict:
+        net.eval()
 
     def loss_of(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=job.dtype == "bfloat16"):
             heads = net(images)
         heads = heads if isinstance(heads, list) else [heads]
+        if job.predict:
+            if len(heads) > 1:  # GoogLeNet's prediction is the mean of three
+                heads = [torch.stack(heads).float().log_softmax(-1).logsumexp(0) - math.log(len(heads))]
+            return heads[0].float().abs().mean()
         return sum(torch.nn.functional.cross_entropy(head.float(), labels) for head in heads)
 
     if mode:
         loss_of = torch.compile(loss_of, mode=mode)
+
+    def predict() -> Any:
+        with torch.inference_mode():
+            return loss_of(images, labels)
 
     def run() -> Any:
         optimizer.zero_grad(set_to_none=True)
@@ -194,7 +223,7 @@ def torch_step(job: Job, facts: dict[str, Any], make: Callable[[Job], Any], mode
         optimizer.step()
         return loss.detach()
 
-    return run
+    return predict if job.predict else run
 
 
 SIDES: dict[str, tuple[str, Callable[[Job, dict[str, Any]], Step]]] = {  # name → (Keras backend, step)

@@ -1,8 +1,9 @@
-"""How fast a train step is, beside PyTorch and Keras, in one run.
+"""How fast a train step is, or a prediction, beside PyTorch and Keras, in one run.
 
     python -m benchmarks.train --net vgg16 --freeze first:10 --peers torch keras-tensorflow
     python -m benchmarks.train --net vgg16 resnet50 --freeze none all-but-head --dtype bfloat16 --batch-size 256 \\
         --steps 30 --peers torch torch-compile timm-compile    # on a GPU
+    python -m benchmarks.train --predict --batch-size 1 --steps 10    # logits of one image: latency
 
 Every side is a process that builds the same net from the same weights, freezes the same layers and takes the same
 batch; their first losses must agree. Then they run in turn, round after round, while the others wait; a turn starts
@@ -72,6 +73,8 @@ class Settings:
     """Times that every side is run."""
     steps: int = 2
     """Steps a side runs in one round."""
+    predict: bool = False
+    """Time the logits of a batch, in inference, in place of a train step."""
     table: pathlib.Path = pathlib.Path("docs/speed.csv")
     """Where the rows are appended; the plot lies beside it."""
 
@@ -134,8 +137,14 @@ def measure(settings: Settings, name: str, freeze: str) -> list[dict[str, Any]]:
     size = (settings.image_size, settings.image_size) if settings.image_size else row.native_size
     net: Any = nets.create(name, row.num_classes, dtype=jnp.dtype(settings.dtype), **peers.without_dropout(name))
     net, state = cost.shapes(net, freeze, size)
-    step_flops = cost.formula(net, state, size, settings.batch_size)
-    lowered_flops = cost.traced_step(net, state, size, settings.batch_size).lower().cost_analysis()["flops"]
+    if settings.predict:
+        step_flops, lowered_flops = (
+            2e9 * row.gmac * settings.batch_size * np.prod(size) / np.prod(row.native_size),
+            None,
+        )
+    else:
+        step_flops = cost.formula(net, state, size, settings.batch_size)
+        lowered_flops = cost.traced_step(net, state, size, settings.batch_size).lower().cost_analysis()["flops"]
     peak_command = [sys.executable, "-m", "benchmarks.flops", settings.dtype]
     peak_flops = float(subprocess.run(peak_command, check=True, stdout=subprocess.PIPE, encoding="utf-8").stdout)
     sides: dict[str, Side] = {}
@@ -144,7 +153,9 @@ def measure(settings: Settings, name: str, freeze: str) -> list[dict[str, Any]]:
         advance = stack.enter_context(bar(f"{name} {freeze}", settings.rounds, unit="rounds"))
         file = pathlib.Path(folder) / "net.weights.h5"
         keras_nets.reference(name, size, classifier=True).save_weights(file)
-        job = peers.Job(name, str(file), tuple(sorted(net.frozen)), size, settings.batch_size, settings.dtype)
+        job = peers.Job(
+            name, str(file), tuple(sorted(net.frozen)), size, settings.batch_size, settings.dtype, settings.predict
+        )
         for side in ("jaxft", *(peer for peer in settings.peers if takes_part(peer, name, freeze))):
             advance(0, f"building {side}")
             sides[side] = Side(side, job)
@@ -175,7 +186,7 @@ def measure(settings: Settings, name: str, freeze: str) -> list[dict[str, Any]]:
                 "date": datetime.date.today().isoformat(),
                 "hardware": hardware(ours["device"]),
                 "net": name,
-                "freeze": freeze,
+                "freeze": "predict" if settings.predict else freeze,
                 "batch": settings.batch_size,
                 "size": "×".join(map(str, size)),
                 "dtype": settings.dtype,
@@ -189,7 +200,7 @@ def measure(settings: Settings, name: str, freeze: str) -> list[dict[str, Any]]:
                 "peak_mb": round(side.peak_bytes / 1e6),
                 "compile_s": round(side.facts["compile_s"], 1),
                 "step_gflop": round(step_flops / 1e9, 1),
-                "lowered_gflop": round(lowered_flops / 1e9, 1) if side.name == "jaxft" else "",
+                "lowered_gflop": round(lowered_flops / 1e9, 1) if lowered_flops and side.name == "jaxft" else "",
                 "peak_gflops": round(peak_flops / 1e9),
                 "share_of_peak": "" if side.name.startswith("timm") else round(step_flops / median / peak_flops, 3),
                 "versions": side.facts["versions"],
@@ -247,7 +258,8 @@ def draw(table: pathlib.Path) -> None:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    title = f"{rows[0]['net']}, {rows[0]['freeze']} frozen, {rows[0]['dtype']}, {rows[0]['hardware']}"
+    what = "prediction" if rows[0]["freeze"] == "predict" else f"{rows[0]['freeze']} frozen"
+    title = f"{rows[0]['net']}, {what}, {rows[0]['dtype']}, {rows[0]['hardware']}"
     shown = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))  # 80 columns hold it whole
     headings = {
         "side": "side",
