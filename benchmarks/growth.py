@@ -192,8 +192,8 @@ def main(settings: Settings) -> None:
         "# How time and memory grow",
         "",
         "`python -m benchmarks.growth` writes these tables: a ResNet-50's step with the batch (96 pixels) and with the",
-        f"image (a batch of 8), medians of {STEPS}; then what is done for all images of a set, of 64×48 pixels. Growth is",
-        "the time of a row by that of the row before, over the same of the sizes: 1 is in proportion.",
+        f"image (a batch of 8), medians of {STEPS}; then what is done for all images of a set, of 64×48 pixels. Growth",
+        "is the time of a row by that of the row before, over the same of the sizes: 1 is in proportion.",
         "",
         f"![Seconds over size]({settings.out.with_suffix('.png').name})",
     ]
