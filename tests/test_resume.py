@@ -54,6 +54,7 @@ def wait_for(process, pattern):
     pytest.fail(f"the process ended without {pattern!r}: {process.communicate()[1]}")
 
 
+@pytest.mark.slow  # minutes: four processes; tests/crash kills smaller runs each time
 def test_a_run_that_is_stopped_and_killed_ends_as_one_that_is_not(data, tmp_path, environment):
     """Bug: anything of the run's state is outside the checkpoint; or a kill while a checkpoint is written spoils it."""
     code, out, err = finish(start(data, tmp_path / "whole", environment))
