@@ -1,6 +1,6 @@
 """jaxft's convolutions on a CPU beside XLA's own: output and both gradients, layer by layer.
 
-    python -m benchmarks.convolutions [--batch-size 16] [--out docs/convolutions.md]
+    python -m benchmarks.convolutions [--batch-size 16] [--dtype bfloat16] [--out docs/convolutions.md]
 
 10⁹ operations a second, where an operation is one of the direct sum, whatever is really computed; medians of runs that
 alternate between the two.
@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
 from jax import lax
@@ -52,6 +53,8 @@ class Settings:
 
     batch_size: int = 16
     """Images."""
+    dtype: str = "float32"
+    """Of the images: float32 or bfloat16. Kernels are float32."""
     repeats: int = 5
     """Runs of each."""
     out: pathlib.Path = pathlib.Path("docs/convolutions.md")
@@ -59,6 +62,7 @@ class Settings:
 
 
 def xla(x: Any, kernel: Any, strides: int, padding: str) -> Any:
+    kernel = kernel.astype(x.dtype)
     return lax.conv_general_dilated(x, kernel, (strides, strides), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
@@ -85,11 +89,11 @@ def main(settings: Settings) -> None:
     rng, rows = np.random.default_rng(0), []
     with bar("convolutions", len(LAYERS), unit="layers") as advance:
         for net, side, fan_in, fan_out, size, stride in LAYERS:
-            x = rng.normal(size=(settings.batch_size, side, side, fan_in)).astype(np.float32)
+            x = rng.normal(size=(settings.batch_size, side, side, fan_in)).astype(jnp.dtype(settings.dtype))
             kernel = rng.normal(size=(*size, fan_in, fan_out)).astype(np.float32)
             sides = [programs(way, stride) for way in (xla, conv.convolve)]
             y = jax.eval_shape(sides[0][0], x, kernel, x)
-            arrays = tuple(map(jax.device_put, (x, kernel, rng.normal(size=y.shape).astype(np.float32))))
+            arrays = tuple(map(jax.device_put, (x, kernel, rng.normal(size=y.shape).astype(jnp.dtype(settings.dtype)))))
             giga = 2 * y.size * kernel[..., 0].size / 1e9
             cells = []
             for pair in zip(*sides, strict=True):
@@ -104,9 +108,9 @@ def main(settings: Settings) -> None:
     head = [
         "# Convolutions on a CPU",
         "",
-        f"`python -m benchmarks.convolutions` writes this table: batch {settings.batch_size}, float32, 10⁹ operations",
-        f"of the direct sum a second, medians of {settings.repeats}, XLA's and ours in turn. A product of square",
-        f"matrices reaches {flops.device_peak(np.float32) / 1e9:.0f} there.",
+        f"`python -m benchmarks.convolutions` writes this table: batch {settings.batch_size}, {settings.dtype}, 10⁹",
+        f"operations of the direct sum a second, medians of {settings.repeats}, XLA's and ours in turn. A product of",
+        f"square matrices reaches {flops.device_peak(jnp.dtype(settings.dtype)) / 1e9:.0f} there.",
     ]
     columns = [
         "| net | layer | output: XLA | jaxft | input gradient: XLA | jaxft | kernel gradient: XLA | jaxft |",
