@@ -86,14 +86,14 @@ def seconds(run: Callable[..., Any], arrays: tuple[Any, ...]) -> float:
 
 
 def main(settings: Settings) -> None:
-    rng, rows = np.random.default_rng(0), []
+    rng, rows, dtype = np.random.default_rng(0), [], jnp.dtype(settings.dtype)
     with bar("convolutions", len(LAYERS), unit="layers") as advance:
         for net, side, fan_in, fan_out, size, stride in LAYERS:
-            x = rng.normal(size=(settings.batch_size, side, side, fan_in)).astype(jnp.dtype(settings.dtype))
+            x = rng.normal(size=(settings.batch_size, side, side, fan_in)).astype(dtype)
             kernel = rng.normal(size=(*size, fan_in, fan_out)).astype(np.float32)
             sides = [programs(way, stride) for way in (xla, conv.convolve)]
             y = jax.eval_shape(sides[0][0], x, kernel, x)
-            arrays = tuple(map(jax.device_put, (x, kernel, rng.normal(size=y.shape).astype(jnp.dtype(settings.dtype)))))
+            arrays = tuple(map(jax.device_put, (x, kernel, rng.normal(size=y.shape).astype(dtype))))
             giga = 2 * y.size * kernel[..., 0].size / 1e9
             cells = []
             for pair in zip(*sides, strict=True):
@@ -110,7 +110,7 @@ def main(settings: Settings) -> None:
         "",
         f"`python -m benchmarks.convolutions` writes this table: batch {settings.batch_size}, {settings.dtype}, 10⁹",
         f"operations of the direct sum a second, medians of {settings.repeats}, XLA's and ours in turn. A product of",
-        f"square matrices reaches {flops.device_peak(jnp.dtype(settings.dtype)) / 1e9:.0f} there.",
+        f"square matrices reaches {flops.device_peak(dtype) / 1e9:.0f} there.",
     ]
     columns = [
         "| net | layer | output: XLA | jaxft | input gradient: XLA | jaxft | kernel gradient: XLA | jaxft |",

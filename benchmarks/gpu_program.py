@@ -16,7 +16,6 @@ import json
 import os
 import pathlib
 import re
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from unittest import mock
 import numpy as np
 import tyro
 
-from benchmarks.machine import write_table
+from benchmarks.machine import run_apart, write_table
 from jaxft.progress import bar
 
 # XLA's description of the card: https://github.com/openxla/xla/tree/main/xla/tools/hlo_opt (gpu_specs)
@@ -280,11 +279,7 @@ def main(settings: Settings) -> None:
     rows = []
     with bar("compiling", len(jobs), unit="programs") as advance:
         for job in jobs:
-            command = [sys.executable, "-m", "benchmarks.gpu_program", json.dumps(dataclasses.asdict(job))]
-            done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
-            if done.returncode:
-                raise SystemExit(f"{job} was not compiled: {done.stderr[-2000:]}")
-            rows.append(line(json.loads(done.stdout.splitlines()[-1])))
+            rows.append(line(run_apart("benchmarks.gpu_program", dataclasses.asdict(job))))
             write_table(settings.out, [*HEAD, "", f"Computed in {settings.dtype}."], [*TABLE, *rows])
             advance(1, f"{job.net} {job.freeze} {job.side}")
     print("\n".join([*TABLE, *rows]))

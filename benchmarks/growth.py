@@ -10,26 +10,30 @@ of the sizes: above 1 it is worse than in proportion. The plot lies beside the t
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
 
-from benchmarks.machine import peak_bytes, write_table
+from benchmarks.machine import peak_bytes, run_apart, write_table
 from jaxft.progress import bar
 
 STEPS = 5  # timed ones of each job
 CLASSES = 10
 DISTINCT = 200  # drawn files; more images are copies of them
+
+Line = tuple[list[float], list[float]]
+"""Sizes, and seconds of each."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,22 +118,13 @@ def write_images(root: pathlib.Path, count: int) -> None:
         (root / f"class{index % CLASSES}" / f"{index}.jpg").write_bytes(files[index % DISTINCT])
 
 
-def measured(**job: Any) -> dict[str, float]:
-    """What a job says of itself, in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.growth", json.dumps(job)]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
-    if done.returncode:
-        raise SystemExit(f"{job} failed: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def grown(sizes: list[float], seconds: list[float]) -> list[str]:
     """Of each row, its seconds by those of the row before, over the same of the sizes."""
-    pairs = zip(zip(sizes, seconds, strict=True), list(zip(sizes, seconds, strict=True))[1:], strict=False)
+    pairs = itertools.pairwise(zip(sizes, seconds, strict=True))
     return ["", *(f"{(t / s) / (n / m):.2f}" for (m, s), (n, t) in pairs)]
 
 
-def draw(path: pathlib.Path, panels: dict[str, dict[str, tuple[list[float], list[float]]]]) -> None:
+def draw(path: pathlib.Path, panels: dict[str, dict[str, Line]]) -> None:
     """A panel for each kind of growth: seconds over size, both logarithmic, and the line of proportion."""
     figure = Figure(figsize=(4 * len(panels), 3.6), layout="constrained")
     for axes, (title, lines) in zip(np.ravel(figure.subplots(1, len(panels))), panels.items(), strict=True):
@@ -146,33 +141,30 @@ def main(settings: Settings) -> None:
     """Measures, prints and writes the tables and the plot."""
     all_cores = len(os.sched_getaffinity(0))
     jobs = len(settings.batch_sizes) * len({1, all_cores}) + len(settings.image_sizes) + len(settings.counts)
-    panels: dict[str, dict[str, tuple[list[float], list[float]]]] = {"images in a batch": {}}
+    panels: dict[str, dict[str, Line]] = {"images in a batch": {}}
     lines = []
     with bar("growth", jobs, unit="jobs") as advance:
 
         def ask(**job: Any) -> dict[str, float]:
-            found = measured(**job)
+            found = run_apart("benchmarks.growth", job)
             advance(1, str(job))
             return found
 
-        def steps(title: str, sizes: list[float], cases: list[dict[str, int]]) -> tuple[list[float], list[float]]:
-            found = [ask(**case) for case in cases]
-            seconds = [one["step"] for one in found]
+        def steps(title: str, name: str, values: Sequence[int], power: int = 1, **others: int) -> Line:
+            """Steps whose argument `name` takes the values; the size is the value to that power."""
+            found = [ask(**{name: value}, **others) for value in values]
+            sizes, seconds = [float(value**power) for value in values], [one["step"] for one in found]
             lines.extend(["", f"| {title} | seconds a step | peak MB | growth |", "| --- | --- | --- | --- |"])
-            rows = zip(cases, found, grown(sizes, seconds), strict=True)
-            for case, one, growth in rows:
-                size = case["batch_size"] if "batch" in title else case["side"]
-                lines.append(f"| {size} | {one['step']:.3f} | {one['peak_bytes'] / 1e6:,.0f} | {growth} |")
+            for value, one, growth in zip(values, found, grown(sizes, seconds), strict=True):
+                lines.append(f"| {value} | {one['step']:.3f} | {one['peak_bytes'] / 1e6:,.0f} | {growth} |")
             return sizes, seconds
 
         for cores in sorted({1, all_cores}, reverse=True):
-            cases = [{"batch_size": size, "side": 96, "cores": cores} for size in settings.batch_sizes]
-            name = f"{cores} core" + "s" * (cores > 1)
-            found = steps(f"images in a batch, {name}", list(map(float, settings.batch_sizes)), cases)
-            panels["images in a batch"][name] = found
-        cases = [{"batch_size": 8, "side": side, "cores": all_cores} for side in settings.image_sizes]
-        pixels = [float(side * side) for side in settings.image_sizes]
-        panels["pixels of an image"] = {"a step": steps("side in pixels", pixels, cases)}
+            told = f"{cores} core" + "s" * (cores > 1)
+            grows = steps(f"images in a batch, {told}", "batch_size", settings.batch_sizes, side=96, cores=cores)
+            panels["images in a batch"][told] = grows
+        grows = steps("side in pixels", "side", settings.image_sizes, power=2, batch_size=8, cores=all_cores)
+        panels["pixels of an image"] = {"a step": grows}
         of_counts = []
         for count in settings.counts:
             with tempfile.TemporaryDirectory() as folder:

@@ -1,10 +1,14 @@
 """What was measured on, and the tables that say so."""
 
+import json
 import os
 import pathlib
 import platform
 import re
-from collections.abc import Sequence
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from jaxft.files import write_text
 
@@ -22,6 +26,19 @@ def hardware(kind: str) -> str:
     lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
     return f"{model}, {len(os.sched_getaffinity(0))} cores"
+
+
+def run_apart(module: str, job: Mapping[str, Any]) -> dict[str, Any]:
+    """The last line that `python -m MODULE JOB` prints, as JSON: the job in a process of its own.
+
+    Raises:
+        SystemExit: it failed; the end of what it said.
+    """
+    command = [sys.executable, "-m", module, json.dumps(job)]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
+    if done.returncode:
+        raise SystemExit(f"{module} failed at {job}: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def write_table(out: pathlib.Path, head: Sequence[str], rows: Sequence[str], **versions: str) -> None:

@@ -73,11 +73,8 @@ def jaxft(job: Job, facts: dict[str, Any]) -> Step:
     variables, _ = port_weights.load(job.net, job.weights, num_classes=row.num_classes, **options)
     net = nets.create(job.net, row.num_classes, dtype=jnp.dtype(job.dtype), frozen=frozenset(job.frozen), **options)
     if job.predict:
-        apply, variables = (
-            jax.jit(lambda variables, x: jnp.abs(net.apply(variables, x)[0]).mean()),
-            jax.device_put(variables),
-        )
-        return partial(apply, variables, jax.device_put(job.batch()[0]))
+        predict = jax.jit(lambda variables, x: jnp.abs(net.apply(variables, x)[0]).mean())
+        return partial(predict, *jax.device_put((variables, job.batch()[0])))
     state = train_state.create(net, variables, Phase(1, optim.Constant(LR), optim.NesterovSGD(MOMENTUM)))
     batch = jax.device_put(train.batch_of(*job.batch()))
     step = train.make_train_step(task.classification(), row.num_classes, lambda key, x, labels: (x, labels))

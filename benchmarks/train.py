@@ -138,10 +138,8 @@ def measure(settings: Settings, name: str, freeze: str) -> list[dict[str, Any]]:
     net: Any = nets.create(name, row.num_classes, dtype=jnp.dtype(settings.dtype), **peers.without_dropout(name))
     net, state = cost.shapes(net, freeze, size)
     if settings.predict:
-        step_flops, lowered_flops = (
-            2e9 * row.gmac * settings.batch_size * np.prod(size) / np.prod(row.native_size),
-            None,
-        )
+        step_flops = 2e9 * row.gmac * settings.batch_size * np.prod(size) / np.prod(row.native_size)
+        lowered_flops = None
     else:
         step_flops = cost.formula(net, state, size, settings.batch_size)
         lowered_flops = cost.traced_step(net, state, size, settings.batch_size).lower().cost_analysis()["flops"]

@@ -147,11 +147,6 @@ def test_a_factor_in_the_kernel_has_the_same_gradients(monkeypatch):
         np.testing.assert_allclose(found, expected, atol=3e-6 * float(jnp.abs(expected).max()))
 
 
-def relative(found, truth):
-    truth = np.asarray(truth)
-    return float(np.linalg.norm(np.asarray(found).astype(np.float64) - truth) / np.linalg.norm(truth))
-
-
 BY_MINIMAL_FILTERING = ("3×3 padded unevenly", "1×7 of many channels padded unevenly")
 
 

@@ -210,19 +210,17 @@ def _of_bits(x: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
 
 
-def _kernel_rows(x: jax.Array, dy_rows: int, size: tuple[int, ...], stride: int, pads: Pads) -> list[jax.Array]:
+def _kernel_rows(x: jax.Array, size: tuple[int, ...], stride: int, pads: Pads) -> list[jax.Array]:
     """For each row of a kernel of that size, what it meets, side by side: [B, H', W', w · C]."""
     rows = jnp.concatenate(windows(_bits(x), (1, size[1]), (1, stride), ((0, 0), pads[1])), -1)
-    rows = lax.pad(rows, jnp.zeros((), rows.dtype), ((0, 0, 0), (*pads[0], 0), (0, 0, 0), (0, 0, 0)))
-    return [_of_bits(rows[:, i : i + (dy_rows - 1) * stride + 1 : stride]) for i in range(size[0])]
+    return list(map(_of_bits, windows(rows, (size[0], 1), (stride, 1), (pads[0], (0, 0)))))
 
 
 def wide_output(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads, finish: Finish = _same) -> jax.Array:
     """x [B, H, W, C] ∗ kernel [h, w, C, D]: a product for each row of the kernel, in the type of x."""
-    height = (x.shape[1] + sum(pads[0]) - len(kernel)) // stride + 1
 
     def chunk(x: jax.Array) -> jax.Array:
-        met = _kernel_rows(x, height, kernel.shape[:2], stride, pads)
+        met = _kernel_rows(x, kernel.shape[:2], stride, pads)
         parts = [_times(row, taps.reshape(-1, kernel.shape[3])) for row, taps in zip(met, kernel, strict=True)]
         return finish(sum(parts[1:], parts[0]))
 
@@ -242,7 +240,7 @@ def wide_kernel_gradient(x: jax.Array, dy: jax.Array, size: tuple[int, ...], str
         blocks = _bits(dy).reshape(pixels // block, block, -1).swapaxes(1, 2)
         blocks = _of_bits(lax.optimization_barrier(blocks))
         totals = []
-        for row in _kernel_rows(x, dy.shape[1], size, stride, pads):
+        for row in _kernel_rows(x, size, stride, pads):
             parts = list(map(_times, blocks, _of_bits(_bits(row).reshape(pixels // block, block, -1))))
             totals.append(sum(parts[1:], parts[0]))
         return jnp.stack(totals)
@@ -308,7 +306,7 @@ def patch_output(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads, finis
 
     def chunk(x: jax.Array) -> jax.Array:
         patches = jnp.concatenate(windows(x, kernel.shape[:2], (stride, stride), pads), -1)
-        return finish(_times(patches, kernel.reshape(-1, kernel.shape[3])))
+        return finish(patches @ kernel.reshape(-1, kernel.shape[3]))
 
     return _by_chunks(chunk, x)
 
@@ -421,11 +419,12 @@ def _input_gradient(x: jax.Array, dy: jax.Array, kernel: jax.Array, stride: int,
     if stride > 1 and way in (patch_output, wide_output) and min(kernel.shape[:2]) >= stride:
         return patch_input_gradient(dy, kernel, stride, pads, *x.shape[1:3])
     if way is direct or stride > 1:
-        return jax.linear_transpose(lambda x: direct(x, kernel.astype(x.dtype), stride, pads), x)(dy)[0]
+        return jax.linear_transpose(lambda x: direct(x, kernel, stride, pads), x)(dy)[0]
     around = tuple((k - 1 - low, k - 1 - high) for k, (low, high) in zip(kernel.shape[:2], pads, strict=True))
+    finish = partial(_finish, factor=None, bias=None, relu=False, dtype=dy.dtype)
     if way is wide_output:
-        return wide_output(dy, kernel[::-1, ::-1].swapaxes(2, 3), 1, around, lambda y: y.astype(dy.dtype))
-    return minimal_output(dy, kernel, 1, around, lambda y: y.astype(dy.dtype), turned=True)
+        return wide_output(dy, kernel[::-1, ::-1].swapaxes(2, 3), 1, around, finish)
+    return minimal_output(dy, kernel, 1, around, finish, turned=True)
 
 
 def explicit_pads(
@@ -460,7 +459,7 @@ def convolve(
     if not of_cpu() or x.dtype not in (jnp.float32, jnp.bfloat16) or macs < MIN_MACS or padded_product or cropped:
         kernel = kernel if factor is None else kernel * factor
         bias = bias if bias is None else bias.astype(x.dtype)
-        return _finish(direct(x, kernel.astype(x.dtype), strides, pads), None, bias, relu)
+        return _finish(direct(x, kernel, strides, pads), None, bias, relu)
     return _conv(x, kernel, factor, bias, relu, strides, pads)
 
 

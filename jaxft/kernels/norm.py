@@ -11,30 +11,31 @@ from jax import lax
 def normalise(
     x: jax.Array, offset: jax.Array | None, scale: jax.Array, bias: jax.Array, epsilon: float, relu: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """x [..., C] less offset [C], by the mean and biased variance of each channel, maybe through a ReLU.
+    """x [..., C] by the mean and biased variance of each channel, maybe through a ReLU.
 
-    The variance is E[x²] - E[x]². It needs no copy of x, and is as exact as E[(x - E[x])²] where the mean is not larger
-    than some standard deviations, which an offset near the mean sees to. The output is a · x + b, whose rounding grows
-    with the mean of x in standard deviations: 5e-7 of it at ten. The gradient is written out: it keeps x alone and
-    reads x and the output's gradient twice. Derivatives of single operations would keep the result of each, and write
-    the output's gradient once more for the ReLU, whose sign is computed from x again here.
+    The variance is E[x²] - E[x]² of x less the offset [C]. It needs no copy of x, and is as exact as E[(x - E[x])²]
+    where the mean is not larger than some standard deviations, which an offset near the mean sees to. The output is a
+    · x + b, whose rounding grows with the mean of x in standard deviations: 5e-7 of it at ten. The gradient is
+    written out: it keeps x alone and reads x and the output's gradient twice. Derivatives of single operations would
+    keep the result of each, and write the output's gradient once more for the ReLU, whose sign is computed from x
+    again here.
 
     Returns:
-        (float32 [..., C], mean [C] and variance [C] of x less offset). The offset has no gradient.
+        (float32 [..., C], mean [C] and variance [C] of x). The offset has no gradient.
     """
     mean, var = _statistics(x, offset)
-    a, b = _affine(mean if offset is None else mean + offset, lax.rsqrt(var + epsilon), scale, bias)
+    a, b = _affine(mean, lax.rsqrt(var + epsilon), scale, bias)
     y = x.astype(jnp.float32) * a + b
     return jnp.maximum(y, 0) if relu else y, mean, var
 
 
 def _statistics(x: jax.Array, offset: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """Each sum is of x itself: what two of them shared, as x less offset, a CPU would write to memory."""
+    """(mean, variance) of x. One sum alone is of x less offset: what two shared, a CPU would write to memory."""
     axes = tuple(range(x.ndim - 1))
     x = x.astype(jnp.float32)
-    mean = x.mean(axes) if offset is None else x.mean(axes) - offset
-    square = jnp.square(x if offset is None else x - offset).mean(axes)
-    return mean, jnp.maximum(square - jnp.square(mean), 0)
+    mean = x.mean(axes)
+    near, near_mean = (x, mean) if offset is None else (x - offset, mean - offset)
+    return mean, jnp.maximum(jnp.square(near).mean(axes) - jnp.square(near_mean), 0)
 
 
 def _affine(mean: jax.Array, inverse: jax.Array, scale: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -53,13 +54,12 @@ def _normalise_backward(epsilon, relu, saved, gradients):
     dy, dmean, dvar = gradients
     axes, n = tuple(range(x.ndim - 1)), x.size // x.shape[-1]
     x32, inverse = x.astype(jnp.float32), lax.rsqrt(var + epsilon)
-    centre = mean if offset is None else mean + offset
-    a, b = _affine(centre, inverse, scale, bias)
+    a, b = _affine(mean, inverse, scale, bias)
     dy = jnp.where(x32 * a + b > 0, dy, 0) if relu else dy
     of_bias = dy.sum(axes)
-    of_scale = ((dy * x32).sum(axes) - centre * of_bias) * inverse
+    of_scale = ((dy * x32).sum(axes) - mean * of_bias) * inverse
     slope = (2 * dvar - inverse * a * of_scale) / n
-    dx = a * dy + slope * x32 + ((dmean - a * of_bias) / n - centre * slope)
+    dx = a * dy + slope * x32 + ((dmean - a * of_bias) / n - mean * slope)
     return dx.astype(x.dtype), None if offset is None else jnp.zeros_like(offset), of_scale, of_bias
 
 

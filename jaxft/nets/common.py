@@ -219,7 +219,7 @@ class BatchNorm(nn.Module):
         """
         offset = self.offset(bias)
         y, mean, var = normalise(x, None if less else offset, self.gamma, self.beta, self.epsilon, relu)  # type: ignore[misc]
-        mean = mean + offset
+        mean = mean + offset if less else mean
         mean = mean if bias is None else mean + lax.stop_gradient(bias)
         if not self.is_initializing():
             for running, batch in ((self.running_mean, mean), (self.running_var, var)):
