@@ -12,7 +12,7 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -25,10 +25,18 @@ import numpy as np
 from jaxft import fetch, hdf5_probe
 from jaxft.files import write_whole
 
-AUTOMATIC = re.compile(r"(?:convolution2d|conv2d|dense|batchnormalization|batch_normalization|scale)(?:_(\d+))?")
+# Keras's automatic names of layers, of any generation → its class in snake case.
+CLASSES = {
+    **{name: name for name in ("conv2d", "depthwise_conv2d", "separable_conv2d", "dense", "batch_normalization")},
+    **{name: name for name in ("layer_normalization", "normalization", "layer_scale", "scale")},
+    **{"convolution2d": "conv2d", "separableconvolution2d": "separable_conv2d"},
+    "batchnormalization": "batch_normalization",
+}
+AUTOMATIC = re.compile(rf"(?:{'|'.join(CLASSES)})(?:_(\d+))?")
 _KERAS1_FIELD = re.compile(r"(.+)_(W|b|gamma|beta|running_mean|running_std)(?:_\d+)?")
 NESTED = "backbone"  # the name of a nested model in a file of Keras 2; Keras goes by the order
 _MEMBER = "model.weights.h5"  # of a .keras zip
+_STATISTICS = ("moving_mean:0", "moving_variance:0", "mean:0", "variance:0", "count:0")
 _BFLOAT16 = np.dtype("V2")  # what h5py makes of it; no other two bytes are in a weight file
 
 # Limits, looked at before anything is read. The largest file of the zoo has 700 layers in groups four deep.
@@ -51,9 +59,18 @@ _OTHERS = (
 
 
 def kind(shapes: Sequence[tuple[int, ...]]) -> str:
-    """The Keras class of a layer in snake case: by a kernel's rank, else by the number of vectors (a Scale has two)."""
-    by_rank = {4: "conv2d", 2: "dense"}
-    return by_rank.get(len(shapes[0]), "scale" if len(shapes) == 2 else "batch_normalization")
+    """The Keras class of a layer in snake case: by a kernel's rank, else by the number of vectors (a Scale has two).
+
+    A LayerNormalization cannot be told from a Scale by its shapes.
+    """
+    if len(shapes[0]) == 4:
+        pair = len(shapes) > 1 and len(shapes[1]) == 4
+        return "separable_conv2d" if pair else "depthwise_conv2d" if shapes[0][-1] == 1 else "conv2d"
+    if len(shapes[0]) == 2:
+        return "dense"
+    if shapes[-1] == ():
+        return "normalization"
+    return {1: "layer_scale", 2: "scale"}.get(len(shapes), "batch_normalization")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -97,6 +114,10 @@ class Layer:
 
     @property
     def kind(self) -> str:
+        """Its Keras class in snake case: an automatic name tells, else shapes do."""
+        last = self.name.rpartition("/")[2]
+        if AUTOMATIC.fullmatch(last):
+            return CLASSES[re.sub(r"_\d+$", "", last)]
         return kind([tensor.shape for tensor in self.tensors])
 
 
@@ -373,15 +394,19 @@ def _keras3(group: h5py.Group, prefix: str = "", visited: list[str] | None = Non
             yield Layer(attribute if keyed or name is None else name, tuple(tensors))
 
 
-def write(
-    path: Path, layers: Sequence[tuple[str, str, Mapping[str, np.ndarray]]], nested: Collection[str] = ()
-) -> None:
-    """Writes (name, Keras class in snake case, field → array) for each layer, as Keras 3 (`.weights.h5`) or 2 (`.h5`).
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """A layer to write: its name, Keras class in snake case, arrays by Keras's field, and the models that it lies in,
+    from the outside, as Keras numbers them ("functional", "sequential_1")."""
 
-    The file is put in place whole: a failure leaves what was there.
+    name: str
+    kind: str
+    fields: Mapping[str, np.ndarray]
+    within: tuple[str, ...] = ()
 
-    Args:
-        nested: the layers that lie in a model of their own inside of the model, which is its first layer with weights.
+
+def write(path: Path, layers: Sequence[Written]) -> None:
+    """Writes layers as Keras 3 (`.weights.h5`) or 2 (`.h5`) does. A failure leaves what was there.
 
     Raises:
         ValueError: another suffix.
@@ -392,45 +417,36 @@ def write(
 
     def fill(partial: Path) -> None:
         with h5py.File(partial, "w") as file:
-            inner = [layer for layer in layers if layer[0] in nested]
-            outer = [layer for layer in layers if layer[0] not in nested]
-            if path.name.endswith(".weights.h5"):
-                _write_keras3(file, outer)
-                _write_keras3(file, inner, "layers/functional/")
-            else:
-                _write_keras2(file, outer, inner)
+            (_write_keras3 if path.name.endswith(".weights.h5") else _write_keras2)(file, layers)
 
     write_whole(path, fill)
 
 
-def _write_keras2(
-    file: h5py.File,
-    layers: Sequence[tuple[str, str, Mapping[str, np.ndarray]]],
-    inner: Sequence[tuple[str, str, Mapping[str, np.ndarray]]],
-) -> None:
+def _write_keras2(file: h5py.File, layers: Sequence[Written]) -> None:
     file.attrs["backend"], file.attrs["keras_version"] = b"tensorflow", b"2.15.0"
-    file.attrs["layer_names"] = [*([NESTED.encode()] if inner else []), *(name.encode() for name, _, _ in layers)]
-    if inner:  # Keras lists what it trains of a nested model, then its running statistics
-        group = file.create_group(NESTED)
-        fields = [(f"{name}/{field}:0", array) for name, _, fields in inner for field, array in fields.items()]
-        fields.sort(key=lambda entry: "/moving_" in entry[0])
-        group.attrs["weight_names"] = [name.encode() for name, _ in fields]
-        for name, array in fields:
-            group[name] = array
-    for name, _, fields in sorted(layers, key=lambda layer: layer[0]):
+    entries: dict[str, list[Written]] = {}
+    for layer in layers:
+        entries.setdefault(f"{NESTED}_{layer.within[0]}" if layer.within else layer.name, []).append(layer)
+    # What lies in a model is written before what follows it; Keras goes by the order.
+    file.attrs["layer_names"] = [name.encode() for name in entries]
+    for name, inside in sorted(entries.items()):
         group = file.create_group(name)
-        group.attrs["weight_names"] = [f"{name}/{field}:0".encode() for field in fields]
-        for field, array in fields.items():
-            group[f"{name}/{field}:0"] = array
+        fields = [(f"{layer.name}/{field}:0", array) for layer in inside for field, array in layer.fields.items()]
+        if len(inside) > 1:  # Keras lists what it trains of a nested model, then its running statistics
+            fields.sort(key=lambda entry: entry[0].rpartition("/")[2] in _STATISTICS)
+        group.attrs["weight_names"] = [field.encode() for field, _ in fields]
+        for field, array in fields:
+            group[field] = array
 
 
-def _write_keras3(
-    file: h5py.File, layers: Sequence[tuple[str, str, Mapping[str, np.ndarray]]], prefix: str = ""
-) -> None:
-    counts: dict[str, int] = {}
-    for name, kind, fields in layers:
-        number = counts[kind] = counts.get(kind, -1) + 1
-        group = file.create_group(f"{prefix}layers/{kind}_{number}/vars" if number else f"{prefix}layers/{kind}/vars")
-        group.attrs["name"] = name
-        for n, array in enumerate(fields.values()):
+def _write_keras3(file: h5py.File, layers: Sequence[Written]) -> None:
+    counts: dict[tuple[tuple[str, ...], str], int] = {}
+    for layer in layers:
+        key = (layer.within, layer.kind)
+        number = counts[key] = counts.get(key, -1) + 1
+        prefix = "".join(f"layers/{model}/" for model in layer.within)
+        place = f"{prefix}layers/{layer.kind}_{number}" if number else f"{prefix}layers/{layer.kind}"
+        group = file.create_group(f"{place}/vars")
+        group.attrs["name"] = layer.name
+        for n, array in enumerate(layer.fields.values()):
             group[str(n)] = array

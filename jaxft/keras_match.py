@@ -16,10 +16,12 @@ from jaxft.keras_files import AUTOMATIC, KerasFile, Layer, Tensor, kind
 Shapes = dict[str, dict[str, tuple[int, ...]]]  # layer → leaf → shape
 
 # A layer's leaves in the order in which Keras lists its arrays.
-LEAVES = ("kernel", "scale", "bias", "mean", "var")
+LEAVES = ("kernel", "depthwise_kernel", "pointwise_kernel", "scale", "bias", "mean", "var", "count")
 
 # Keras's field, of any generation → Flax's leaf.
 FIELDS = {
+    "depthwise_kernel": "depthwise_kernel",
+    "pointwise_kernel": "pointwise_kernel",
     "kernel": "kernel",
     "W": "kernel",
     "gamma": "scale",
@@ -30,6 +32,9 @@ FIELDS = {
     "running_mean": "mean",
     "moving_variance": "var",
     "running_std": "var",  # a variance from Keras 1.0.7 on, whatever its name
+    "mean": "mean",
+    "variance": "var",
+    "count": "count",
 }
 
 
@@ -50,6 +55,12 @@ def keras_order(net: nets.Net) -> list[str]:
     if hasattr(net, "keras_layers"):
         return list(net.keras_layers())
     return [layer for layers in net.layers().values() for layer in layers]
+
+
+def keras_kinds(name: str, net: nets.Net) -> dict[str, str]:
+    """Layer → its Keras class in snake case, for those whose class the shapes of their leaves do not tell."""
+    kinds = dict(net.keras_kinds()) if hasattr(net, "keras_kinds") else {}
+    return kinds | dict.fromkeys(nets.spec(name).convolved, "conv2d")
 
 
 def matches(layer: Layer, patterns: Sequence[str]) -> bool:
@@ -115,7 +126,8 @@ def by_name(name: str, expected: Shapes, file: KerasFile, *, cut: bool = False) 
         if layer not in placed.values():
             placed[_unused({*found, *placed, *known}, layer)] = layer
     for keras_class, layers in automatic.items():
-        found |= _by_rank(keras_class, layers, found, expected, canonical(), numbered)
+        kinds = keras_kinds(name, whole)
+        found |= _by_rank(keras_class, layers, found, expected, canonical(), kinds, numbered)
     return found | placed
 
 
@@ -222,6 +234,7 @@ def _by_rank(
     found: Mapping[str, Layer],
     expected: Shapes,
     canonical: Shapes,
+    kinds: Mapping[str, str],
     numbered: bool,
 ) -> dict[str, Layer]:
     """Layers of one class with automatic names → the net's layers of that class, if there are as many of them."""
@@ -231,7 +244,7 @@ def _by_rank(
         free = [
             layer
             for layer, leaves in names.items()
-            if kind(list(leaves.values())) == keras_class and layer not in found
+            if kinds.get(layer, kind(list(leaves.values()))) == keras_class and layer not in found
         ]
         if numbered and all(map(AUTOMATIC.fullmatch, free)):
             free.sort(key=lambda layer: int(layer.rpartition("_")[2]))
@@ -257,9 +270,11 @@ def match_layer(
     if stored_out_in and len(shapes.get("kernel", ())) == 4:
         o, i, h, w = shapes["kernel"]
         shapes["kernel"] = (h, w, i, o)
+    if shapes.get("kernel") == (1, 1, *leaves.get("kernel", ())):  # a dense layer that Keras keeps as a convolution
+        shapes["kernel"] = leaves["kernel"]
     if len(layer.tensors) != len(leaves) or shapes != dict(leaves):
         return f"{name}: the net wants {wanted}, the file has {shapes_of(layer)}"
-    if quantised := [tensor.dtype for tensor in layer.tensors if tensor.dtype.kind in "iu"]:
+    if quantised := [tensor.dtype for leaf, tensor in matched.items() if tensor.dtype.kind in "iu" and leaf != "count"]:
         return f"{name}: the net wants floats, the file has {quantised[0]}; save the model before it is quantised"
     return matched
 

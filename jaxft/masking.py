@@ -184,4 +184,4 @@ def merge(trainable: Params, frozen: Params, like: Params) -> Params:
 
 def kernels(params: Params) -> Params:
     """A mask of the same tree, true at kernels: what weight decay touches, as Keras's `kernel_regularizer` does."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1] == jax.tree_util.DictKey("kernel"), params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key.endswith("kernel"), params)

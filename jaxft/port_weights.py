@@ -16,13 +16,14 @@ import numpy as np
 import tyro
 
 from jaxft import files, nets
-from jaxft.keras_files import AUTOMATIC, KerasFile, Layer, Tensor, kind, read, write
+from jaxft.keras_files import AUTOMATIC, KerasFile, Layer, Tensor, Written, kind, read, write
 from jaxft.keras_match import (
     Shapes,
     by_name,
     ends_of,
     expect,
     in_order,
+    keras_kinds,
     keras_order,
     last_layers,
     match_layer,
@@ -48,6 +49,11 @@ KERAS_FIELDS = {
     "dense": {"kernel": "kernel", "bias": "bias"},
     "batch_normalization": {"scale": "gamma", "bias": "beta", "mean": "moving_mean", "var": "moving_variance"},
     "scale": {"scale": "gamma", "bias": "beta"},
+    "layer_normalization": {"scale": "gamma", "bias": "beta"},
+    "layer_scale": {"scale": "gamma"},
+    "normalization": {"mean": "mean", "var": "variance", "count": "count"},
+    "depthwise_conv2d": {"depthwise_kernel": "depthwise_kernel"},
+    "separable_conv2d": {"depthwise_kernel": "depthwise_kernel", "pointwise_kernel": "pointwise_kernel"},
 }
 
 SHOWN = 8  # problems of a file that an error lists
@@ -145,7 +151,7 @@ def load(
     """
     if order != "auto" and order not in ORDERS:
         raise ValueError(f"order={order!r} is not auto or one of {', '.join(ORDERS)}")
-    net = nets.create(name, num_classes, **options)
+    net, spec = nets.create(name, num_classes, **options), nets.spec(name)
     expected = expect(name, net)
     with read(path) as file:
         ignored = [layer for layer in file.layers if matches(layer, ignore)]
@@ -155,7 +161,7 @@ def load(
         plan = _plan(name, net, expected, found, stored_out_in=ORDERS[word][0])
         if plan.problems:
             raise ValueError(_explain(name, file, found, plan, {"num_classes": num_classes, **options}))
-        variables = _read(plan.filled, *ORDERS[word], nets.spec(name).flattened, file.path)
+        variables = _read(plan.filled, *ORDERS[word], spec.flattened, spec.convolved, file.path)
         variables["params"] |= _fresh(name, net, plan.fresh, seed)
         report = Report(
             net=name,
@@ -181,7 +187,7 @@ def load(
             ignored=[layer.name for layer in ignored],
         )
     # In the net's own order of layers, whatever the file's.
-    variables["params"] = {layer: variables["params"][layer] for layer in expected}
+    variables["params"] = {layer: variables["params"][layer] for layer in expected if layer in variables["params"]}
     return variables, report
 
 
@@ -205,9 +211,9 @@ def save(
     net = nets.create(name, None if head is None else len(head["bias"]), **options)
     expected = expect(name, net)
     stored = {
-        layer: {**leaves, **variables.get("batch_stats", {}).get(layer, {})}
-        for layer, leaves in variables["params"].items()
-    }
+        layer: {**variables["params"].get(layer, {}), **variables.get("batch_stats", {}).get(layer, {})}
+        for layer in expected
+    } | {layer: dict(leaves) for layer, leaves in variables["params"].items() if layer not in expected}
     shapes = {layer: {leaf: np.shape(array) for leaf, array in leaves.items()} for layer, leaves in stored.items()}
     if shapes != expected:
         strange = [layer for layer in {**expected, **shapes} if shapes.get(layer) != expected.get(layer)]
@@ -215,14 +221,18 @@ def save(
             f"these are not the variables of {name} with the options {options}: "
             + "; ".join(f"{layer} is {shapes.get(layer)}, expected {expected.get(layer)}" for layer in strange[:5])
         )
+    kinds = keras_kinds(name, net)
+    models = net.keras_models() if hasattr(net, "keras_models") else {}
+    outside = {*nets.spec(name).classifier, *net.head_layers()}
     layers = []
     for layer, leaves in expected.items():
-        keras_class = kind(list(leaves.values()))
+        keras_class = kinds.get(layer, kind(list(leaves.values())))
         fields = {KERAS_FIELDS[keras_class][leaf]: np.asarray(stored[layer][leaf], np.float32) for leaf in leaves}
-        layers.append((layer, keras_class, fields))
-    outside = {*nets.spec(name).classifier, *net.head_layers()}
-    inner = [layer for layer, _, _ in layers if layer not in outside] if nested else ()
-    write(Path(path).expanduser(), layers, inner)
+        if layer in nets.spec(name).convolved:
+            fields["kernel"] = fields["kernel"][None, None]
+        within = [*(["functional"] if nested and layer not in outside else []), *([models[layer]] if layer in models else [])]
+        layers.append(Written(layer, keras_class, fields, tuple(within)))
+    write(Path(path).expanduser(), layers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,7 +296,7 @@ def _order(name: str, file: KerasFile, found: Mapping[str, Layer], expected: Sha
         rotated, evidence = False, "the layout (Keras 3 has no Theano)"
     elif file.backend is not None:
         rotated, evidence = file.backend == "theano", "the file's backend attribute"
-    elif published := [weights for weights in nets.spec(name).weights.values() if weights.md5 == file.md5]:
+    elif published := [weights for weights in nets.spec(name).weights.values() if weights.hash == file.md5]:
         return published[0].order, "the file's published hash"
     else:
         choices = "th or th-tf-kernels" if out_in else "tf or tf-th-kernels"
@@ -418,6 +428,7 @@ def _read(
     stored_out_in: bool,
     rotated: bool,
     flattened: Mapping[str, tuple[int, int]],
+    convolved: Collection[str],
     path: Path,
 ) -> Variables:
     """The planned tensors as float32 in Flax's order; each is read straight into its place."""
@@ -431,9 +442,10 @@ def _read(
             if array.ndim == 4:
                 array = array.transpose(2, 3, 1, 0) if stored_out_in else array
                 array = np.ascontiguousarray(array[::-1, ::-1] if rotated else array)
+                array = array[0, 0] if layer in convolved and array.shape[:2] == (1, 1) else array
             if not _finite(array):
                 raise ValueError(f"{path}: {tensor.name} of {layer} holds values that are not finite")
-            variables["batch_stats" if leaf in ("mean", "var") else "params"].setdefault(layer, {})[leaf] = array
+            variables["batch_stats" if leaf in ("mean", "var", "count") else "params"].setdefault(layer, {})[leaf] = array
     return variables
 
 

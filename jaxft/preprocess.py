@@ -48,6 +48,16 @@ def tf(images: jax.Array) -> jax.Array:
     return images.astype(jnp.float32) / 127.5 - 1.0
 
 
+def tf_128(images: jax.Array) -> jax.Array:
+    """RGB [..., 3] in 0 to 255, any dtype → float32 RGB in -1 to 0.992: EfficientNetV2's, S to L."""
+    return images.astype(jnp.float32) / 128 - 1.0
+
+
+def unit(images: jax.Array) -> jax.Array:
+    """RGB [..., 3] in 0 to 255, any dtype → float32 RGB in 0 to 1, for nets that normalise their images themselves."""
+    return images.astype(jnp.float32) / 255.0
+
+
 def torch(images: jax.Array) -> jax.Array:
     """RGB [..., 3] in 0 to 255, any dtype → float32 RGB, each channel standardised by ImageNet's mean and deviation."""
     mean, deviation = (_of_channels(rgb, images.shape[-1]) for rgb in (TORCH_MEAN_RGB, TORCH_STD_RGB))
@@ -58,7 +68,9 @@ PREPROCESSING: dict[str, Callable[[jax.Array], jax.Array]] = {
     "caffe": caffe,
     "caffe_017": caffe_017,
     "tf": tf,
+    "tf_128": tf_128,
     "torch": torch,
+    "unit": unit,
 }
 
 

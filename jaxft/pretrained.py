@@ -121,7 +121,7 @@ def resolve(
             f"there is no published Keras file {'with' if classifier else 'without'} classifier for {name}; "
             "give the path of a file, or none"
         )
-    known_hash = f"md5:{published.md5}"
+    known_hash = f"{'sha256' if len(published.hash) == 64 else 'md5'}:{published.hash}"
     try:
         # Files of two releases share a name, so each net has a folder.
         path = fetch.from_url(published.url, known_hash, probe=weights == "auto", cache=folder / name)

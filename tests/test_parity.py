@@ -9,7 +9,9 @@ import keras
 import keras_layouts as write
 import numpy as np
 import pytest
-from keras.src.applications.densenet import DenseNet  # the public names fix its depth
+from keras.src.applications.convnext import ConvNeXt  # the public names fix the depths
+from keras.src.applications.densenet import DenseNet
+from keras.src.applications.nasnet import NASNet
 
 from jaxft import nets, port_weights
 from jaxft.nets import common
@@ -21,8 +23,16 @@ TOLERANCE = 1e-5  # of max|Δ| / max|reference|; Keras's own two backends differ
 PATHS = (
     *("vgg16", "googlenet", "inception_v3", "inception_v3_v02", "thin inception_v4"),
     *("resnet50", "resnet50_v02", "thin resnet101_scale", "thin densenet121", "thin densenet121_scale"),
+    *("resnet50v2", "xception", "inception_resnet_v2", "mobilenet", "mobilenet_v2", "mobilenet_v3_small"),
+    *("mobilenet_v3_large", "thin nasnet_mobile", "thin nasnet_large", "efficientnet_b0", "efficientnet_v2_b0"),
+    *("efficientnet_v2_s", "thin convnext_tiny"),
 )
-SECOND = ("inception_v3_v02", "thin inception_v4", "resnet50_v02")  # the family's first path is checked each time
+NEWER = PATHS[PATHS.index("resnet50v2") :]  # than Keras on Theano
+# Where another net takes nearly the same path, or Keras is slow to build it.
+SECOND = (
+    *("inception_v3_v02", "thin inception_v4", "resnet50_v02", "resnet50v2", "inception_resnet_v2", "mobilenet"),
+    *("mobilenet_v2", "mobilenet_v3_large", "thin nasnet_large", "efficientnet_b0", "efficientnet_v2_s"),
+)
 
 # Where a thin copy takes the same path: fields of our net; the reference's own arguments.
 BLOCKS = (2, 3, 2, 2)
@@ -31,12 +41,27 @@ THIN = {
     "resnet101_scale": ({"depths": BLOCKS}, {"blocks": BLOCKS}),
     "densenet121": ({"depths": BLOCKS}, {"blocks": list(BLOCKS)}),
     "densenet121_scale": ({"depths": BLOCKS}, {"blocks": BLOCKS, "growth": 32, "stem_width": 64}),
+    "nasnet_mobile": (
+        {"filters": 16, "depth": 2},
+        {"penultimate_filters": 384, "num_blocks": 2, "stem_block_filters": 32, "skip_reduction": False},
+    ),
+    "nasnet_large": (
+        {"filters": 16, "depth": 1},
+        {"penultimate_filters": 384, "num_blocks": 1, "stem_block_filters": 96, "skip_reduction": True},
+    ),
+    "convnext_tiny": (
+        {"depths": (1, 2, 1, 1), "widths": (8, 16, 24, 40)},
+        {"depths": [1, 2, 1, 1], "projection_dims": [8, 16, 24, 40], "name": "convnext_tiny"},
+    ),
 }
 BUILDERS = {
     "inception_v4": keras_nets.inception_v4.inception_v4,
     "resnet101_scale": keras_nets.resnet_scale.resnet_scale,
     "densenet121": DenseNet,
     "densenet121_scale": keras_nets.densenet_scale.densenet_scale,
+    "nasnet_mobile": NASNet,
+    "nasnet_large": NASNet,
+    "convnext_tiny": ConvNeXt,
 }
 
 
@@ -85,11 +110,13 @@ def test_every_stage_at_an_odd_size_from_every_layout(tmp_path, name):
     model.save(tmp_path / "w.keras")
     same(ported(name, tmp_path / "w.keras"), variables)
     layers = in_model_order(model)
-    same(ported(name, write.keras_3(tmp_path / "unnamed.weights.h5", layers)), variables)
+    if "convnext" not in name:  # which has models inside, and without names layers of one class are mixed up
+        same(ported(name, write.keras_3(tmp_path / "unnamed.weights.h5", layers)), variables)
     keras_2 = write.named(tmp_path / "2.h5", layers, old_name(name, "2"), attributes={"backend": "tensorflow"})
     same(ported(name, keras_2), variables)
-    theano = write.named(tmp_path / "1.h5", write.theano(automatic(name, layers)), old_name(name, "1"))
-    same(ported(name, theano, order="th"), variables)
+    if name not in NEWER:
+        theano = write.named(tmp_path / "1.h5", write.theano(automatic(name, layers)), old_name(name, "1"))
+        same(ported(name, theano, order="th"), variables)
 
     # And Keras computes the same from what is written back, which is loaded by position.
     for file in ("back.weights.h5", "back.h5"):
@@ -102,8 +129,9 @@ def test_every_stage_at_an_odd_size_from_every_layout(tmp_path, name):
 
 
 def in_model_order(model):
-    """[(name, field → array)] of the layers of a model, weightless ones included."""
-    return [(layer.name, {w.name: np.asarray(w) for w in layer.weights}) for layer in model.layers]
+    """[(name, field → array)] of the layers of a model, weightless ones and those of models in it included."""
+    layers = [inner for layer in model.layers for inner in getattr(layer, "layers", [layer])]
+    return [(layer.name, {w.name: np.asarray(w) for w in layer.weights}) for layer in layers]
 
 
 def automatic(name, layers):
@@ -147,7 +175,9 @@ def test_every_stage_and_the_logits_at_the_native_size(tmp_path, name):
 
 
 COUNTED = [name for name in nets.ZOO if not name.startswith("vgg") and name != "googlenet"]
+LATER = list(nets.ZOO)[list(nets.ZOO).index("resnet50v2") :]
 ALIKE = ("resnet101", "resnet152_scale", "densenet169", "densenet201", "densenet161_scale", "densenet169_scale")
+ALIKE += tuple(name for name in LATER if name not in ("mobilenet_v2", "mobilenet_v3_small"))
 
 
 @pytest.mark.parametrize(
@@ -158,18 +188,23 @@ def test_layers_count_as_keras_counts_them(name):
     model = keras_nets.APPLICATIONS.get(name) or keras_nets.REFERENCES[name]
     options = {"weights": None} if name in keras_nets.APPLICATIONS else {}
     keras.backend.clear_session()
-    layers = model(**options).layers
-    ours = [layer for layers in nets.create(name, nets.spec(name).num_classes).layers().values() for layer in layers]
-    assert len(ours) == len(layers)
-    for position, (layer, name_) in enumerate(zip(layers, ours, strict=True)):
-        if not layer.weights:
+    layers = [inner for layer in model(**options).layers for inner in getattr(layer, "layers", [layer])]
+    if name.startswith("convnext"):
+        layers = [layer for layer in layers if not isinstance(layer, keras.layers.InputLayer)]
+        layers.insert(0, None)
+    table = nets.create(name, nets.spec(name).num_classes).layers()
+    ours = [layer for layers in table.values() for layer in layers]
+    if name in keras_nets.UNLIKE:  # their heads are made of other layers
+        ours = ours[: ours.index("avg_pool")]
+    else:
+        assert len(ours) == len(layers)
+    for position, (layer, name_) in enumerate(zip(layers, ours, strict=False)):
+        if layer is None or not layer.weights or isinstance(layer, keras.layers.Dense):
             continue
-        if "inception" not in name:
-            assert name_ == layer.name, f"{name}, layer {position}"
-        elif not isinstance(layer, keras.layers.Dense):
-            kind, _, number = layer.name.rpartition("_")
-            kind, number = (kind, int(number)) if number.isdecimal() else (layer.name, 0)
-            assert name_ == f"{kind}_{number + 1}", f"{name}, layer {position}"
+        kind, _, number = layer.name.rpartition("_")
+        kind, number = (kind, int(number)) if number.isdecimal() else (layer.name, 0)
+        automatic = kind in ("conv2d", "batch_normalization")
+        assert name_ == (f"{kind}_{number + 1}" if automatic else layer.name), f"{name}, layer {position}"
 
 
 @pytest.mark.parametrize("name", nets.ZOO)
@@ -204,7 +239,9 @@ def multiply_accumulates(jaxpr):
     return total
 
 
-@pytest.mark.parametrize("name", list(keras_nets.APPLICATIONS))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LATER else name for name in keras_nets.APPLICATIONS]
+)
 def test_parameters_are_as_many_as_keras_counts(name):
     """Bug: a row of the zoo that agrees with our own net and not with Keras's."""
     assert keras_nets.APPLICATIONS[name](weights=None).count_params() == nets.spec(name).num_params

@@ -26,7 +26,7 @@ def official(monkeypatch: pytest.MonkeyPatch):
             spec = nets.spec(name)
             files = {
                 kind: dataclasses.replace(
-                    spec.weights[kind], url=f"{base}/{name}-{kind}.h5", md5=hashlib.md5(content).hexdigest()
+                    spec.weights[kind], url=f"{base}/{name}-{kind}.h5", hash=hashlib.md5(content).hexdigest()
                 )
                 for kind, content in {"imagenet": FULL, "imagenet-notop": NOTOP}.items()
             }
@@ -198,12 +198,12 @@ def test_a_file_is_read_once_for_all_its_hashes(
     """Bug: a file of half a gigabyte is read for its md5, again for its sha256, and once or twice more when loaded."""
     file = cache / "vgg16" / f"some{suffix}"
     file.parent.mkdir(parents=True)
-    keras_files.write(file, [("predictions", "dense", {"kernel": np.ones((2, 3), np.float32)})])
+    keras_files.write(file, [keras_files.Written("predictions", "dense", {"kernel": np.ones((2, 3), np.float32)})])
     content = file.read_bytes()
     os.utime(file, (1e9, 1e9))  # as a file of an earlier day
     spec = nets.spec("vgg16")
     published = dataclasses.replace(
-        spec.weights["imagenet"], url=f"http://127.0.0.1:1/some{suffix}", md5=hashlib.md5(content).hexdigest()
+        spec.weights["imagenet"], url=f"http://127.0.0.1:1/some{suffix}", hash=hashlib.md5(content).hexdigest()
     )
     monkeypatch.setitem(nets.ZOO, "vgg16", dataclasses.replace(spec, weights={"imagenet": published}))
     made, new = [], hashlib.new
@@ -212,7 +212,7 @@ def test_a_file_is_read_once_for_all_its_hashes(
     found = pretrained.resolve("vgg16", weights, classifier=True, cache=cache)
     with keras_files.read(file) as opened:
         assert opened.sha256 == found.sha256 == sha256(content)
-        assert origin == "path" or opened.md5 == published.md5
+        assert origin == "path" or opened.md5 == published.hash
     assert made == reads
 
 

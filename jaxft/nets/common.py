@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import flax.linen as nn
@@ -17,6 +18,7 @@ from jaxft.kernels.conv import convolve
 from jaxft.kernels.dense import dot_general
 from jaxft.kernels.norm import normalise
 
+Activation = Callable[[jax.Array], jax.Array]
 Stage = tuple[str, Callable[[jax.Array], jax.Array]]
 Padding = str | Sequence[tuple[int, int]]
 
@@ -27,12 +29,12 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}  # that nets compute
 class WeightFile:
     """A published Keras weight file.
 
-    `md5` is the hash that is published beside the URL. `classifier` says whether the file holds the layers after the
-    last feature map. `order` is the ordering of its kernels, a key of `port_weights.ORDERS`.
+    `hash` is the one that is published beside the URL, hexadecimal MD5 or SHA-256. `classifier` says whether the file
+    holds the layers after the last feature map. `order` is the ordering of its kernels, a key of `port_weights.ORDERS`.
     """
 
     url: str
-    md5: str
+    hash: str
     classifier: bool
     order: str = "tf"
 
@@ -55,6 +57,7 @@ class Spec:
         weights: `"imagenet"` (with classifier) and `"imagenet-notop"` → published files, with `"-th"` in Theano's form.
         aliases: other names that weight files use → layer names of the net.
         flattened: dense layer that follows a Flatten → (height, width) of the map that is flattened.
+        convolved: dense layers of the head that Keras keeps as 1×1 convolutions.
     """
 
     net: Callable[..., "Net"]
@@ -69,6 +72,7 @@ class Spec:
     weights: Mapping[str, WeightFile] = dataclasses.field(default_factory=dict)
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     flattened: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    convolved: tuple[str, ...] = ()
 
 
 def published(url: str, md5: str, notop_md5: str, order: str = "tf") -> dict[str, WeightFile]:
@@ -356,7 +360,13 @@ def head_table(widths: Mapping[str, int], dropout: float, *, pooled: bool = True
 
 
 def head_stages(
-    widths: Mapping[str, int], dropout: float, *, train: bool, dtype: DTypeLike, pooled: bool = True
+    widths: Mapping[str, int],
+    dropout: float,
+    *,
+    train: bool,
+    dtype: DTypeLike,
+    pooled: bool = True,
+    functions: Mapping[str, Activation] = MappingProxyType({}),
 ) -> list[Stage]:
     """Global average pooling and dense layers, a stage each, with ReLU after all but the last: float32 logits.
 
@@ -367,13 +377,14 @@ def head_stages(
         train: dropout is on.
         dtype: of the computation of all layers but the last.
         pooled: False flattens the map in place of the pooling.
+        functions: dense layer → what comes after it in place of ReLU.
     """
 
     def layer(x: jax.Array, name: str, rate: float) -> jax.Array:
         x = dropped(x.reshape(x.shape[0], -1), name, rate, train)
         last = name == list(widths)[-1]
         x = dense(x, name, widths[name], jnp.float32 if last else dtype)
-        return x if last else nn.relu(x)
+        return x if last else functions.get(name, nn.relu)(x)
 
     pool: list[Stage] = [("avg_pool", lambda x: x.mean((1, 2)))] if widths and pooled else []
     return [*pool, *((name, partial(layer, name=name, rate=rate)) for name, rate in _rates(widths, dropout).items())]

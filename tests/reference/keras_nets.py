@@ -5,6 +5,9 @@ highest matmul precision.
 """
 
 import os
+import pathlib
+import re
+import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,10 +16,27 @@ os.environ.setdefault("KERAS_BACKEND", "jax")
 import jax
 import keras
 import numpy as np
+import pytest
 
-from jaxft import nets
+from jaxft import nets, preprocess
 from tests.reference import densenet_scale, googlenet, inception_v3_v02, inception_v4, resnet_scale, resnet_v02
 
+
+def _published(application: Callable[..., keras.Model]) -> Callable[..., keras.Model]:
+    """EfficientNet as Keras makes it for its ImageNet files, with one layer more than for none; from random weights."""
+
+    def build(**arguments: Any) -> keras.Model:
+        with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+            file = pathlib.Path(folder) / "w.weights.h5"
+            application(**arguments).save_weights(file)
+            patch.setattr("keras.src.utils.file_utils.get_file", lambda *_, **__: str(file))
+            return application(**arguments | {"weights": "imagenet"})
+
+    return build
+
+
+V2 = ("B0", "B1", "B2", "B3", "S", "M", "L")
+NEXT = ("Tiny", "Small", "Base", "Large", "XLarge")
 APPLICATIONS = {
     "vgg16": keras.applications.VGG16,
     "vgg19": keras.applications.VGG19,
@@ -27,7 +47,23 @@ APPLICATIONS = {
     "densenet121": keras.applications.DenseNet121,
     "densenet169": keras.applications.DenseNet169,
     "densenet201": keras.applications.DenseNet201,
+    "resnet50v2": keras.applications.ResNet50V2,
+    "resnet101v2": keras.applications.ResNet101V2,
+    "resnet152v2": keras.applications.ResNet152V2,
+    "xception": keras.applications.Xception,
+    "inception_resnet_v2": keras.applications.InceptionResNetV2,
+    "mobilenet": keras.applications.MobileNet,
+    "mobilenet_v2": keras.applications.MobileNetV2,
+    "mobilenet_v3_small": keras.applications.MobileNetV3Small,
+    "mobilenet_v3_large": keras.applications.MobileNetV3Large,
+    "nasnet_mobile": keras.applications.NASNetMobile,
+    "nasnet_large": keras.applications.NASNetLarge,
+    **{f"efficientnet_b{i}": _published(getattr(keras.applications, f"EfficientNetB{i}")) for i in range(8)},
+    **{f"efficientnet_v2_{x.lower()}": getattr(keras.applications, f"EfficientNetV2{x}") for x in V2},
+    **{f"convnext_{x.lower()}": getattr(keras.applications, f"ConvNeXt{x}") for x in NEXT},
 }
+UNLIKE = ("mobilenet", "mobilenet_v3_small", "mobilenet_v3_large", *(n for n in APPLICATIONS if "efficientnet" in n))
+INSIDE = ("efficientnet", "mobilenet_v3", "convnext")  # preprocessing is part of the model in Keras
 REFERENCES: dict[str, Callable[..., keras.Model]] = {
     "googlenet": googlenet.googlenet,
     "inception_v3_v02": inception_v3_v02.inception_v3_v02,
@@ -43,7 +79,7 @@ REFERENCES: dict[str, Callable[..., keras.Model]] = {
 
 def odd_size(name: str) -> tuple[int, int]:
     """A (height, width) of no common factor with a net's strides."""
-    return (107, 91) if "inception" in name else (67, 50)
+    return (107, 91) if "ception" in name else (67, 50)
 
 
 def reference(name: str, size: tuple[int, int], classifier: bool, seed: int = 2) -> keras.Model:
@@ -64,15 +100,28 @@ def randomise(model: keras.Model, seed: int) -> None:
     rng = np.random.default_rng(seed)
     draws: dict[str, Callable[[tuple[int, ...]], np.ndarray]] = {
         "kernel": lambda shape: rng.normal(0, np.sqrt(2 / np.prod(shape[:-1])), shape),
+        "depthwise_kernel": lambda shape: rng.normal(0, np.sqrt(2 / np.prod(shape[:2])), shape),
+        "pointwise_kernel": lambda shape: rng.normal(0, np.sqrt(2 / np.prod(shape[:-1])), shape),
         "bias": lambda shape: rng.normal(0, 0.1, shape),
         "gamma": lambda shape: rng.uniform(0.5, 1.0, shape),
         "beta": lambda shape: rng.normal(0, 0.2, shape),
         "moving_mean": lambda shape: rng.normal(0, 0.2, shape),
         "moving_variance": lambda shape: rng.uniform(0.5, 1.5, shape),
+        "variable": lambda shape: rng.uniform(0.5, 1.0, shape),  # LayerScale's gamma
+        "mean": lambda shape: rng.normal(0, 0.2, shape),
+        "variance": lambda shape: rng.uniform(0.5, 1.5, shape),
+        "count": lambda shape: np.array(7),
     }
     for layer in model.layers:
         if layer.weights:
-            layer.set_weights([draws[weight.name](weight.shape) for weight in layer.weights])
+            depthwise = isinstance(layer, keras.layers.DepthwiseConv2D)  # Keras 3 calls its kernel one like others
+            names = ["depthwise_kernel" if depthwise else re.sub(r"_\d+$", "", w.name) for w in layer.weights]
+            values = [draws[n](weight.shape) for n, weight in zip(names, layer.weights, strict=True)]
+            if layer.name.endswith("project_bn"):  # the last of a block: many of these are added up
+                values[0] *= 0.3
+            layer.set_weights(values)
+        if isinstance(layer, keras.layers.Normalization):
+            layer.finalize_state()
 
 
 def stage_outputs(name: str, model: keras.Model, net: Any) -> dict[str, Any]:
@@ -86,12 +135,27 @@ def stage_outputs(name: str, model: keras.Model, net: Any) -> dict[str, Any]:
             stage: own.get(stage, f"{stage}_output") for stage in table if stage.startswith(("conv", "pool", "inc"))
         }
         ends |= {head: f"{head}_classifier" for head in table if head.startswith("loss")}
+    elif name.startswith("convnext"):  # which keeps some layers in models of their own
+        adds = iter([operation.output for operation in model.operations if type(operation).__name__ == "Add"])
+        own = {"stem": f"{name}_stem", "head_layernorm": model.layers[-1].name, "avg_pool": f"{name}_head_layernorm"}
+        ends = {
+            stage: next(adds) if "block" in stage else own.get(stage, f"{name}_downsampling_block_{stage[-1]}")
+            for stage in table
+            if stage != f"{name}_head_dense"
+        }
+        ends |= {stage: stage for stage in table if stage.endswith("head_dense")}
+    elif name in UNLIKE:  # whose heads are made of other layers
+        head = [stage for stage in table if set(table[stage]) & {"avg_pool", *nets.spec(name).classifier}]
+        last = np.cumsum([len(layers) for layers in table.values()]) - 1
+        body = {stage: model.layers[i].name for stage, i in zip(table, last, strict=True) if stage not in head}
+        assert head or list(last)[-1] == len(model.layers) - 1
+        ends = body | ({head[-1]: model.layers[-1].name} if head else {})
     else:
         flat = sum(map(len, table.values()))
         assert flat == len(model.layers), f"{name}: layers() counts {flat} layers, Keras {len(model.layers)}"
         last = np.cumsum([len(layers) for layers in table.values()]) - 1
         ends = {stage: model.layers[i].name for stage, i in zip(table, last, strict=True)}
-    return {stage: model.get_layer(layer).output for stage, layer in ends.items()}
+    return {stage: model.get_layer(end).output if isinstance(end, str) else end for stage, end in ends.items()}
 
 
 def images_of(size: tuple[int, int], n: int = 2) -> np.ndarray:
@@ -99,8 +163,12 @@ def images_of(size: tuple[int, int], n: int = 2) -> np.ndarray:
 
 
 def keras_stages(name: str, model: keras.Model, net: Any, images: np.ndarray) -> dict[str, np.ndarray]:
-    """Stage → its output by Keras."""
+    """Stage → its output by Keras, for images that are preprocessed, as ours are."""
     staged = keras.Model(model.input, stage_outputs(name, model, net))
+    if name.startswith(INSIDE):
+        normalise = preprocess.get(nets.spec(name).preprocessing)
+        zero, one = (np.asarray(normalise(np.full((1, 1, 3), value))) for value in (0.0, 255.0))
+        images = ((images - zero) * (255 / (one - zero))).astype(np.float32)
     with jax.default_matmul_precision("highest"):
         return {stage: np.asarray(x) for stage, x in staged(images, training=False).items()}
 

@@ -1,0 +1,242 @@
+"""EfficientNet (Tan and Le, 2019, arXiv:1905.11946) and EfficientNetV2 (2021, arXiv:2104.00298)."""
+
+import math
+from collections.abc import Iterator
+from functools import partial
+
+from jaxft.nets.common import Spec, WeightFile
+from jaxft.nets.functional import (
+    Functional,
+    Layer,
+    activation,
+    add,
+    conv2d,
+    depthwise,
+    drop,
+    global_mean,
+    multiply,
+    norm,
+    normalization,
+    nothing,
+)
+from jaxft.preprocess import TORCH_STD_RGB
+
+# Rows of EfficientNet: kernel, blocks, width, how much wider the inside is, strides of the first block.
+V1 = (
+    *((3, 1, 16, 1, 1), (3, 2, 24, 6, 2), (5, 2, 40, 6, 2), (3, 3, 80, 6, 2), (5, 3, 112, 6, 1), (5, 4, 192, 6, 2)),
+    *((3, 1, 320, 6, 1),),
+)
+# Rows of EfficientNetV2: fused or not (a fused block has one convolution where others have a 1×1 and a depthwise one),
+# blocks, width, how much wider the inside is, strides of the first block.
+V2_B = (
+    *((True, 1, 16, 1, 1), (True, 2, 32, 4, 2), (True, 2, 48, 4, 2)),
+    *((False, 3, 96, 4, 2), (False, 5, 112, 6, 1), (False, 8, 192, 6, 2)),
+)
+V2_S = (
+    *((True, 2, 24, 1, 1), (True, 4, 48, 4, 2), (True, 4, 64, 4, 2)),
+    *((False, 6, 128, 4, 2), (False, 9, 160, 6, 1), (False, 15, 256, 6, 2)),
+)
+V2_M = (
+    *((True, 3, 24, 1, 1), (True, 5, 48, 4, 2), (True, 5, 80, 4, 2)),
+    *((False, 7, 160, 4, 2), (False, 14, 176, 6, 1), (False, 18, 304, 6, 2), (False, 5, 512, 6, 1)),
+)
+V2_L = (
+    *((True, 4, 32, 1, 1), (True, 7, 64, 4, 2), (True, 7, 96, 4, 2)),
+    *((False, 10, 192, 4, 2), (False, 19, 224, 6, 1), (False, 25, 384, 6, 2), (False, 7, 640, 6, 1)),
+)
+
+
+class EfficientNet(Functional):
+    """EfficientNet: inverted blocks with squeeze-and-excite, grown in width, depth and image size together.
+
+    Attributes:
+        width, depth: what the widths and depths of B0 are multiplied by.
+        dropout: rate before each dense layer of the head.
+        drop_path: rate of stochastic depth of the last block; it grows from 0 at the first one.
+        rescaled: whether the normalised image is divided by √deviation once more, which `keras.applications` does for
+            its ImageNet files and leaves out of models made with `weights=None`.
+
+    The others are those of `Functional`. Source: the papers' tables; `keras.applications.efficientnet`. The images are
+    in 0 to 1: their normalisation is a layer whose statistics are in the file.
+    """
+
+    width: float = 1.0
+    depth: float = 1.0
+    dropout: float = 0.2
+    drop_path: float = 0.2
+    rescaled: bool = True
+
+    def plan(self, x: Layer) -> Iterator[tuple[str, Layer]]:
+        """See `Functional`."""
+        factor = [1 / math.sqrt(deviation) for deviation in TORCH_STD_RGB] if self.rescaled else ()
+        x = normalization(nothing(x, "rescaling"), "normalization", factor)
+        x = nothing(x, "rescaling_1") if self.rescaled else x
+        x = norm(conv2d(nothing(x, "stem_conv_pad"), "stem_conv", self._width(32), 3, 2), "stem_bn")
+        x = activation(x, "swish", "stem_activation")
+        yield "stem", x
+        rows = [
+            (f"block{i}{chr(97 + j)}", size, self._width(width), wider, 1 if j else strides)
+            for i, (size, blocks, width, wider, strides) in enumerate(V1, 1)
+            for j in range(math.ceil(self.depth * blocks))
+        ]
+        for number, (block, size, width, wider, strides) in enumerate(rows):
+            y = _inside(x, block, size, wider, strides, "dwconv", 0.99, 0.25, padded=True)
+            y = norm(conv2d(y, f"{block}_project_conv", width), f"{block}_project_bn")
+            x = _outside(x, y, block, strides, self.drop_path * number / len(rows))
+            yield block, x
+        x = norm(conv2d(x, "top_conv", self._width(1280)), "top_bn")
+        yield "top", activation(x, "swish", "top_activation")
+
+    def _width(self, width: float) -> int:
+        wanted = width * self.width
+        near = max(8, int(wanted + 4) // 8 * 8)
+        return near + 8 if near < 0.9 * wanted else near
+
+
+class EfficientNetV2(Functional):
+    """EfficientNetV2: the first blocks are fused.
+
+    Attributes:
+        blocks: rows of a table: fused, blocks, width, how much wider the inside is, strides of the first block.
+        stem_width: of the first convolution.
+        width, depth: what widths and depths are multiplied by.
+        dropout: rate before each dense layer of the head.
+        drop_path: rate of stochastic depth of the last block; it grows from 0 at the first one.
+        normalised: Keras's model has a Normalization after its Rescaling.
+
+    The others are those of `Functional`. Source: the paper's table 4; `keras.applications.efficientnet_v2`.
+    """
+
+    blocks: tuple = V2_S
+    stem_width: int = 24
+    width: float = 1.0
+    depth: float = 1.0
+    dropout: float = 0.2
+    drop_path: float = 0.2
+    normalised: bool = False
+
+    def plan(self, x: Layer) -> Iterator[tuple[str, Layer]]:
+        """See `Functional`."""
+        x = nothing(x, "rescaling")
+        x = nothing(x, "normalization") if self.normalised else x
+        x = norm(conv2d(x, "stem_conv", self._width(self.stem_width), 3, 2), "stem_bn", momentum=0.9)
+        x = activation(x, "swish", "stem_activation")
+        yield "stem", x
+        total, number = sum(row[1] for row in self.blocks), 0
+        for i, (fused, blocks, width, wider, first) in enumerate(self.blocks, 1):
+            for j in range(math.ceil(self.depth * blocks)):
+                block, strides = f"block{i}{chr(97 + j)}", 1 if j else first
+                y = self._fused(x, block, self._width(width), wider, strides) if fused else None
+                if y is None:
+                    y = _inside(x, block, 3, wider, strides, "dwconv2", 0.9, 0.25, padded=False)
+                    y = conv2d(y, f"{block}_project_conv", self._width(width))
+                    y = norm(y, f"{block}_project_bn", momentum=0.9)
+                x = _outside(x, y, block, strides, self.drop_path * number / total)
+                number += 1
+                yield block, x
+        x = norm(conv2d(x, "top_conv", self._width(1280)), "top_bn", momentum=0.9)
+        yield "top", activation(x, "swish", "top_activation")
+
+    def _width(self, width: float) -> int:
+        return max(8, int(width * self.width + 4) // 8 * 8)
+
+    def _fused(self, x: Layer, block: str, width: int, wider: int, strides: int) -> Layer:
+        if wider == 1:
+            x = norm(conv2d(x, f"{block}_project_conv", width, 3, strides), f"{block}_project_bn", momentum=0.9)
+            return activation(x, "swish", f"{block}_project_activation")
+        x = norm(conv2d(x, f"{block}_expand_conv", wider * x.width, 3, strides), f"{block}_expand_bn", momentum=0.9)
+        x = activation(x, "swish", f"{block}_expand_activation")
+        return norm(conv2d(x, f"{block}_project_conv", width), f"{block}_project_bn", momentum=0.9)
+
+
+def _inside(
+    x: Layer,
+    block: str,
+    size: int,
+    wider: int,
+    strides: int,
+    name: str,
+    momentum: float,
+    squeeze: float,
+    *,
+    padded: bool,
+) -> Layer:
+    """A 1×1 convolution to more channels, a depthwise one called `name`, and squeeze-and-excite."""
+    narrow = max(1, int(x.width * squeeze))
+    if wider != 1:
+        x = norm(conv2d(x, f"{block}_expand_conv", wider * x.width), f"{block}_expand_bn", momentum=momentum)
+        x = activation(x, "swish", f"{block}_expand_activation")
+    x = nothing(x, f"{block}_dwconv_pad") if padded and strides == 2 else x
+    x = norm(depthwise(x, f"{block}_{name}", size, strides), f"{block}_bn", momentum=momentum)
+    x = activation(x, "swish", f"{block}_activation")
+    y = nothing(global_mean(x, f"{block}_se_squeeze"), f"{block}_se_reshape")
+    y = conv2d(y, f"{block}_se_reduce", narrow, bias=True, function="swish")
+    y = conv2d(y, f"{block}_se_expand", x.width, bias=True, function="sigmoid")
+    return multiply([x, y], f"{block}_se_excite")
+
+
+def _outside(x: Layer, y: Layer, block: str, strides: int, rate: float) -> Layer:
+    """The shortcut of a block, where its two ends are alike."""
+    if strides > 1 or x.width != y.width:
+        return y
+    return add([drop(y, f"{block}_drop", rate) if rate else y, x], f"{block}_add")
+
+
+def spec(
+    name: str,
+    width: float,
+    depth: float,
+    size: int,
+    dropout: float,
+    num_params: int,
+    gmac: float,
+    hashes: tuple[str, str],
+) -> Spec:
+    """The zoo's row of an EfficientNet. Source of URL and hashes: `keras.applications.efficientnet`."""
+    return Spec(
+        net=partial(EfficientNet, width=width, depth=depth, dropout=dropout),
+        about=f"inverted blocks with squeeze-and-excite, widths ×{width}, depths ×{depth}; normalises its images itself",
+        native_size=(size, size),
+        preprocessing="unit",
+        head="predictions",
+        classifier=("predictions",),
+        num_params=num_params,
+        gmac=gmac,
+        weights=_files(f"https://storage.googleapis.com/keras-applications/efficientnet{name}", hashes),
+    )
+
+
+def spec_v2(
+    name: str,
+    blocks: tuple,
+    size: int,
+    num_params: int,
+    gmac: float,
+    hashes: tuple[str, str],
+    *,
+    width: float = 1.0,
+    depth: float = 1.0,
+) -> Spec:
+    """The zoo's row of an EfficientNetV2. Source of URL and hashes: `keras.applications.efficientnet_v2`."""
+    url = f"https://storage.googleapis.com/tensorflow/keras-applications/efficientnet_v2/efficientnetv2{name}"
+    small = blocks is V2_B
+    stem = {V2_B: 32, V2_S: 24, V2_M: 24, V2_L: 32}[blocks]
+    grown = {"width": width, "depth": depth} if small else {}
+    return Spec(
+        net=partial(EfficientNetV2, blocks=blocks, stem_width=stem, normalised=small, **grown),
+        about=f"fused and inverted blocks, {'widths ×%s, depths ×%s' % (width, depth) if small else name.strip('-').upper()}",
+        native_size=(size, size),
+        preprocessing="torch" if small else "tf_128",
+        head="predictions",
+        classifier=("predictions",),
+        num_params=num_params,
+        gmac=gmac,
+        weights=_files(url, hashes),
+    )
+
+
+def _files(url: str, hashes: tuple[str, str]) -> dict[str, WeightFile]:
+    return {
+        "imagenet": WeightFile(f"{url}.h5", hashes[0], True),
+        "imagenet-notop": WeightFile(f"{url}_notop.h5", hashes[1], False),
+    }
