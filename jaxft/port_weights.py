@@ -230,7 +230,10 @@ def save(
         fields = {KERAS_FIELDS[keras_class][leaf]: np.asarray(stored[layer][leaf], np.float32) for leaf in leaves}
         if layer in nets.spec(name).convolved:
             fields["kernel"] = fields["kernel"][None, None]
-        within = [*(["functional"] if nested and layer not in outside else []), *([models[layer]] if layer in models else [])]
+        within = [
+            *(["functional"] if nested and layer not in outside else []),
+            *([models[layer]] if layer in models else []),
+        ]
         layers.append(Written(layer, keras_class, fields, tuple(within)))
     write(Path(path).expanduser(), layers)
 
@@ -445,7 +448,9 @@ def _read(
                 array = array[0, 0] if layer in convolved and array.shape[:2] == (1, 1) else array
             if not _finite(array):
                 raise ValueError(f"{path}: {tensor.name} of {layer} holds values that are not finite")
-            variables["batch_stats" if leaf in ("mean", "var", "count") else "params"].setdefault(layer, {})[leaf] = array
+            variables["batch_stats" if leaf in ("mean", "var", "count") else "params"].setdefault(layer, {})[leaf] = (
+                array
+            )
     return variables
 
 

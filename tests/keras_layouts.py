@@ -141,8 +141,7 @@ def _keras_3_layers(file, prefix, layers, gaps, with_names):
     counts = {}
     for name, arrays in layers:
         arrays = list(arrays.values()) if isinstance(arrays, dict) else arrays
-        vectors = "scale" if len(arrays) == 2 else "batch_normalization"
-        kind = {4: "conv2d", 2: "dense"}.get(arrays[0].ndim, vectors) if arrays else "max_pooling2d"
+        kind = _class(arrays) if arrays else "max_pooling2d"
         number = counts[kind] = counts.get(kind, -1) + 1
         number *= 2 if gaps else 1
         group = file.create_group(f"{prefix}/{kind}_{number}/vars" if number else f"{prefix}/{kind}/vars")
@@ -150,3 +149,12 @@ def _keras_3_layers(file, prefix, layers, gaps, with_names):
             group.attrs["name"] = name
         for n, array in enumerate(arrays):
             group[str(n)] = array
+
+
+def _class(arrays):
+    if arrays[0].ndim == 4:
+        separable = len(arrays) == 2 and arrays[1].ndim == 4
+        return "separable_conv2d" if separable else "depthwise_conv2d" if arrays[0].shape[3] == 1 else "conv2d"
+    if arrays[-1].ndim == 0:
+        return "normalization"
+    return "dense" if arrays[0].ndim == 2 else "scale" if len(arrays) == 2 else "batch_normalization"

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from keras.src.applications.convnext import ConvNeXt  # the public names fix the depths
 from keras.src.applications.densenet import DenseNet
+from keras.src.applications.efficientnet_v2 import EfficientNetV2
 from keras.src.applications.nasnet import NASNet
 
 from jaxft import nets, port_weights
@@ -25,17 +26,19 @@ PATHS = (
     *("resnet50", "resnet50_v02", "thin resnet101_scale", "thin densenet121", "thin densenet121_scale"),
     *("resnet50v2", "xception", "inception_resnet_v2", "mobilenet", "mobilenet_v2", "mobilenet_v3_small"),
     *("mobilenet_v3_large", "thin nasnet_mobile", "thin nasnet_large", "efficientnet_b0", "efficientnet_v2_b0"),
-    *("efficientnet_v2_s", "thin convnext_tiny"),
+    *("efficientnet_v2_s", "thin efficientnet_v2_s", "thin convnext_tiny"),
 )
 NEWER = PATHS[PATHS.index("resnet50v2") :]  # than Keras on Theano
 # Where another net takes nearly the same path, or Keras is slow to build it.
 SECOND = (
     *("inception_v3_v02", "thin inception_v4", "resnet50_v02", "resnet50v2", "inception_resnet_v2", "mobilenet"),
-    *("mobilenet_v2", "mobilenet_v3_large", "thin nasnet_large", "efficientnet_b0", "efficientnet_v2_s"),
+    *("mobilenet_v2", "mobilenet_v3_large", "thin nasnet_mobile", "thin nasnet_large", "efficientnet_b0"),
+    *("efficientnet_v2_b0", "efficientnet_v2_s"),
 )
 
 # Where a thin copy takes the same path: fields of our net; the reference's own arguments.
 BLOCKS = (2, 3, 2, 2)
+FUSED = ((True, (24, 1, 1)), (True, (32, 4, 2)), (False, (48, 4, 2)))  # width, how much wider, strides
 THIN = {
     "inception_v4": ({"table": tuple(nets.inception.v4((1, 2, 1)).items())}, {"blocks": (1, 2, 1)}),
     "resnet101_scale": ({"depths": BLOCKS}, {"blocks": BLOCKS}),
@@ -49,6 +52,20 @@ THIN = {
         {"filters": 16, "depth": 1},
         {"penultimate_filters": 384, "num_blocks": 1, "stem_block_filters": 96, "skip_reduction": True},
     ),
+    "efficientnet_v2_s": (
+        {"blocks": tuple((fused, 1, *row) for fused, row in FUSED)},
+        {
+            **{"width_coefficient": 1.0, "depth_coefficient": 1.0, "default_size": 64, "name": "thin-s"},
+            "blocks_args": [
+                {
+                    **{"num_repeat": 1, "kernel_size": 3, "input_filters": before, "output_filters": width},
+                    **{"expand_ratio": wider, "strides": strides, "se_ratio": 0.0 if fused else 0.25},
+                    "conv_type": int(fused),
+                }
+                for before, (fused, (width, wider, strides)) in zip((24, 24, 32), FUSED, strict=True)
+            ],
+        },
+    ),
     "convnext_tiny": (
         {"depths": (1, 2, 1, 1), "widths": (8, 16, 24, 40)},
         {"depths": [1, 2, 1, 1], "projection_dims": [8, 16, 24, 40], "name": "convnext_tiny"},
@@ -61,6 +78,7 @@ BUILDERS = {
     "densenet121_scale": keras_nets.densenet_scale.densenet_scale,
     "nasnet_mobile": NASNet,
     "nasnet_large": NASNet,
+    "efficientnet_v2_s": EfficientNetV2,
     "convnext_tiny": ConvNeXt,
 }
 

@@ -126,7 +126,7 @@ def randomise(model: keras.Model, seed: int) -> None:
 
 def stage_outputs(name: str, model: keras.Model, net: Any) -> dict[str, Any]:
     """Stage of our net → the tensor of Keras's that it must equal."""
-    table = net.layers()
+    table, name = net.layers(), name.removeprefix("thin ")
     if name.startswith("vgg"):  # whose layers() count those of the origin's Sequential, padding and all
         ends = {stage: f"{stage}_pool" if stage.startswith("block") else stage for stage in table}
     elif name == "googlenet":  # whose heads Keras interleaves
@@ -145,7 +145,7 @@ def stage_outputs(name: str, model: keras.Model, net: Any) -> dict[str, Any]:
         }
         ends |= {stage: stage for stage in table if stage.endswith("head_dense")}
     elif name in UNLIKE:  # whose heads are made of other layers
-        head = [stage for stage in table if set(table[stage]) & {"avg_pool", *nets.spec(name).classifier}]
+        head = [s for s in table if set(table[s]) & {"avg_pool", *nets.spec(name).classifier}]
         last = np.cumsum([len(layers) for layers in table.values()]) - 1
         body = {stage: model.layers[i].name for stage, i in zip(table, last, strict=True) if stage not in head}
         assert head or list(last)[-1] == len(model.layers) - 1
@@ -165,7 +165,7 @@ def images_of(size: tuple[int, int], n: int = 2) -> np.ndarray:
 def keras_stages(name: str, model: keras.Model, net: Any, images: np.ndarray) -> dict[str, np.ndarray]:
     """Stage → its output by Keras, for images that are preprocessed, as ours are."""
     staged = keras.Model(model.input, stage_outputs(name, model, net))
-    if name.startswith(INSIDE):
+    if name.removeprefix("thin ").startswith(INSIDE):
         normalise = preprocess.get(nets.spec(name).preprocessing)
         zero, one = (np.asarray(normalise(np.full((1, 1, 3), value))) for value in (0.0, 255.0))
         images = ((images - zero) * (255 / (one - zero))).astype(np.float32)
