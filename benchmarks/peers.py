@@ -91,8 +91,19 @@ def without_dropout(name: str) -> dict[str, Any]:
     """Options of the net called `name` under which every side computes the same function."""
     from jaxft import nets
 
-    rate = getattr(nets.create(name), "dropout", None)
-    return {} if rate is None else {"dropout": (0.0, 0.0, 0.0) if isinstance(rate, tuple) else 0.0}
+    net, options = nets.create(name), {}
+    for option in ("dropout", "drop_path"):
+        if option in nets.fields(name):
+            options[option] = (0.0, 0.0, 0.0) if isinstance(getattr(net, option), tuple) else 0.0
+    return options
+
+
+def raw_batch(job: Job) -> tuple[np.ndarray, np.ndarray]:
+    """The batch as Keras's model takes it, which in some nets does the preprocessing itself."""
+    from tests.reference import keras_nets
+
+    images, labels = job.batch()
+    return keras_nets.fed(job.net, images), labels
 
 
 def keras_model(job: Job) -> Any:
@@ -106,7 +117,8 @@ def keras_model(job: Job) -> Any:
     model.load_weights(job.weights)
     frozen = frozen_layers(job, model)
     for layer in model.layers:
-        layer.trainable = layer.name not in frozen
+        for inner in getattr(layer, "layers", (layer,)):
+            inner.trainable = inner.name not in frozen
         if isinstance(layer, keras.layers.Dropout):
             layer.rate = 0.0
     return model
@@ -119,7 +131,8 @@ def frozen_layers(job: Job, model: Any) -> set[str]:
         kind, _, number = name.rpartition("_") if name[-1].isdecimal() else (name, "", "0")
         return f"{kind}_{int(number) + 1}" if kind in ("conv2d", "batch_normalization") else name
 
-    return {layer.name for layer in model.layers if name_in_job(layer.name) in job.frozen}
+    layers = [inner for layer in model.layers for inner in (layer, *getattr(layer, "layers", ()))]
+    return {layer.name for layer in layers if name_in_job(layer.name) in job.frozen}
 
 
 def keras_step(job: Job, facts: dict[str, Any]) -> Step:
@@ -133,7 +146,7 @@ def keras_step(job: Job, facts: dict[str, Any]) -> Step:
         loss=[entropy] * len(model.outputs),
         jit_compile="auto" if facts["backend"] == "jax" else facts["device"] != "cpu",
     )
-    images, labels = map(keras.ops.convert_to_tensor, job.batch())
+    images, labels = map(keras.ops.convert_to_tensor, raw_batch(job))
     targets = [labels] * len(model.outputs) if len(model.outputs) > 1 else labels
     if job.predict:
 
@@ -190,7 +203,7 @@ def torch_step(job: Job, facts: dict[str, Any], make: Callable[[Job], Any], mode
     net = make(job).to(device, memory_format=torch.channels_last)
     trained = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, LR, momentum=MOMENTUM, nesterov=True, fused=device.type == "cuda")
-    images, labels = (torch.from_numpy(x).to(device) for x in job.batch())
+    images, labels = (torch.from_numpy(x).to(device) for x in (raw_batch(job) if make is keras_graph else job.batch()))
     images = images.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
     labels = labels.long()
     if job.predict:

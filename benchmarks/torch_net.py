@@ -1,6 +1,7 @@
 """A Keras model's graph as plain PyTorch modules, so that the peer computes the same function from the same weights."""
 
 import itertools
+from collections import Counter, OrderedDict
 from collections.abc import Collection
 from typing import Any
 
@@ -22,20 +23,27 @@ class Graph(nn.Module):
         self.steps: list[tuple[str, list[str]]] = []  # (layer, the layers whose outputs it takes)
         produced = {id(model.inputs[0]): "images"}
         self.layers = nn.ModuleDict()
-        for layer in model.layers[1:]:
+        for layer in model.operations[1:]:  # layers, and additions that are none
             node = layer._inbound_nodes[0]
             inputs = [produced[id(x)] for x in node.arguments.keras_tensors]
-            self.layers[layer.name] = convert(layer)
+            constants = [x for x in node.arguments.args if isinstance(x, float)]
+            self.layers[layer.name] = _Constant(type(layer).__name__, constants[0]) if constants else convert(layer)
             if inputs[0] in self.layers and absorbs(self.layers[layer.name], self.layers[inputs[0]]):
                 self.layers[inputs[0]] = nn.Identity()
             produced[id(node.outputs[0])] = layer.name
             self.steps.append((layer.name, inputs))
         self.results = [produced[id(x)] for x in model.outputs]
+        read = Counter(source for _, inputs in self.steps for source in inputs)
+        for name, inputs in self.steps:
+            for module in self.layers[name].modules():
+                if hasattr(module, "inplace"):  # what others read must stay
+                    module.inplace = module.inplace and read[inputs[0]] == 1
 
     def freeze(self, names: Collection[str]) -> None:
         """The layers of these names take no gradient, and their BatchNorm uses its running statistics."""
-        for name in names:
-            self.layers[name].requires_grad_(False).eval()
+        for name, module in self.layers.named_modules():
+            if name.rpartition(".")[2] in names:
+                module.requires_grad_(False).eval()
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
         values = {"images": images}
@@ -58,23 +66,95 @@ class _Concatenate(nn.Module):
         return torch.cat(values, 1)
 
 
+class _Constant(nn.Module):
+    """x plus or times a number."""
+
+    def __init__(self, kind: str, value: float):
+        super().__init__()
+        self.add, self.value = kind == "Add", value
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.value if self.add else x * self.value
+
+
+class _Multiply(nn.Module):
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x * (y if y.ndim == 4 else y[:, :, None, None])
+
+
+class _ScaledAdd(nn.Module):
+    def __init__(self, factor: float):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return torch.add(x, y, alpha=self.factor)
+
+
+class _Affine(nn.Module):
+    """A rescaling or a normalisation by constants of each channel."""
+
+    def __init__(self, factor: Any, offset: Any):
+        super().__init__()
+        self.factor, self.offset = (
+            torch.tensor(np.reshape(x, (-1, 1, 1)), dtype=torch.float32) for x in (factor, offset)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.factor + self.offset
+
+
+class _Rows(nn.Module):
+    """What works on channels that come last, such as a LayerNorm."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) if x.ndim == 2 else self.inner(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class _Crop(nn.Module):
+    def __init__(self, ends: tuple[tuple[int, int], tuple[int, int]]):
+        super().__init__()
+        (self.above, _), (self.left, _) = ends
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[:, :, self.above :, self.left :]
+
+
 class _Flatten(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.permute(0, 2, 3, 1).flatten(1)  # Keras flattens rows, columns, channels
 
 
 class _GlobalPool(nn.Module):
+    def __init__(self, keepdims: bool):
+        super().__init__()
+        self.keepdims = keepdims
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.mean((2, 3))
+        return x.mean((2, 3), keepdim=self.keepdims)
+
+
+class _Reshape(nn.Module):
+    def __init__(self, shape: tuple[int, ...]):
+        super().__init__()
+        self.shape = shape
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.reshape(len(x), self.shape[-1], *self.shape[:-1])
 
 
 class _Scale(nn.Module):
     def __init__(self, layer: Any):
         super().__init__()
-        self.weight, self.bias = (nn.Parameter(_array(v)[:, None, None]) for v in (layer.gamma, layer.beta))
+        self.weight = nn.Parameter(_array(layer.gamma)[:, None, None])
+        self.bias = nn.Parameter(_array(layer.beta)[:, None, None]) if hasattr(layer, "beta") else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * self.weight + self.bias
+        return x * self.weight if self.bias is None else x * self.weight + self.bias
 
 
 class _Same(nn.Module):
@@ -101,16 +181,51 @@ def _dense(layer: Any) -> nn.Module:
 
 
 def _conv(layer: Any) -> nn.Module:
-    fan_in, fan_out = layer.kernel.shape[2:]
+    groups = getattr(layer, "groups", 1)
+    fan_in, fan_out = layer.kernel.shape[2] * groups, layer.kernel.shape[3]
     size, strides = layer.kernel_size, layer.strides
     same = layer.padding == "same"
     symmetric = same and strides == (1, 1) and all(k % 2 for k in size)
     padding = tuple(k // 2 for k in size) if symmetric else 0
-    conv = nn.Conv2d(fan_in, fan_out, size, strides, padding, bias=layer.use_bias)
-    conv.weight.data = _array(layer.kernel).permute(3, 2, 0, 1).contiguous()
+    kernel = _array(layer.kernel)
+    if type(layer).__name__ == "DepthwiseConv2D":
+        groups = fan_out = fan_in
+        kernel = kernel.transpose(2, 3)
+    conv = nn.Conv2d(fan_in, fan_out, size, strides, padding, groups=groups, bias=layer.use_bias)
+    conv.weight.data = kernel.permute(3, 2, 0, 1).contiguous()
     if layer.use_bias:
         conv.bias.data = _array(layer.bias)
     return _Same(conv, size, strides, 0.0) if same and not symmetric else conv
+
+
+def _separable(layer: Any) -> nn.Module:
+    channels = layer.depthwise_kernel.shape[2]
+    size, strides = layer.kernel_size, layer.strides
+    symmetric = layer.padding == "same" and strides == (1, 1)
+    depthwise = nn.Conv2d(
+        channels, channels, size, strides, size[0] // 2 if symmetric else 0, groups=channels, bias=False
+    )
+    depthwise.weight.data = _array(layer.depthwise_kernel).permute(2, 3, 0, 1).contiguous()
+    pointwise = nn.Conv2d(channels, layer.filters, 1, bias=False)
+    pointwise.weight.data = _array(layer.pointwise_kernel).permute(3, 2, 0, 1).contiguous()
+    first = _Same(depthwise, size, strides, 0.0) if layer.padding == "same" and not symmetric else depthwise
+    return nn.Sequential(first, pointwise)
+
+
+def _layer_norm(layer: Any) -> nn.Module:
+    norm = nn.LayerNorm(layer.gamma.shape[0], layer.epsilon)
+    norm.weight.data, norm.bias.data = _array(layer.gamma), _array(layer.beta)
+    return _Rows(norm)
+
+
+ACTIVATIONS = {
+    **{"linear": nn.Identity, "silu": nn.SiLU, "swish": nn.SiLU, "hard_silu": nn.Hardswish, "hard_swish": nn.Hardswish},
+    **{"sigmoid": nn.Sigmoid, "gelu": nn.GELU},
+}
+
+
+def _relu(layer: Any) -> nn.Module:
+    return nn.ReLU(inplace=True) if layer.max_value is None else nn.ReLU6(inplace=True)
 
 
 def _batch_norm(layer: Any) -> nn.Module:
@@ -155,10 +270,31 @@ def convert(layer: Any) -> nn.Module:
         NotImplementedError: the layer is of a kind that no net of the zoo uses.
     """
     match type(layer).__name__:
-        case "Conv2D":
+        case "Conv2D" | "DepthwiseConv2D":
             module = _conv(layer)
+        case "SeparableConv2D":
+            module = _separable(layer)
+        case "Sequential":
+            return nn.Sequential(OrderedDict((inner.name, convert(inner)) for inner in layer.layers))
+        case "LayerNormalization":
+            module = _layer_norm(layer)
+        case "LayerScale":
+            module = _Scale(layer)
+        case "Rescaling":
+            module = _Affine(layer.scale, layer.offset)
+        case "Normalization":
+            mean, deviation = np.array(layer.mean).ravel(), np.sqrt(np.array(layer.variance).ravel())
+            module = _Affine(1 / deviation, -mean / deviation)
+        case "Multiply" | "CustomScaleLayer" | "Cropping2D" | "Reshape":
+            kinds = {
+                "Multiply": lambda: _Multiply(),
+                "CustomScaleLayer": lambda: _ScaledAdd(layer.scale),
+                "Cropping2D": lambda: _Crop(layer.cropping),
+                "Reshape": lambda: _Reshape(layer.target_shape),
+            }
+            return kinds[type(layer).__name__]()
         case "Dense":
-            module = _dense(layer)
+            module = _dense(layer) if len(layer.input.shape) == 2 else _Rows(_dense(layer))
         case "BatchNormalization":
             module = _batch_norm(layer)
         case "Scale":
@@ -170,12 +306,12 @@ def convert(layer: Any) -> nn.Module:
         case "AveragePooling2D":
             module = _pool(layer, nn.AvgPool2d, 0.0)
         case "GlobalAveragePooling2D":
-            module = _GlobalPool()
+            module = _GlobalPool(layer.keepdims)
         case "ZeroPadding2D":
             (top, bottom), (left, right) = layer.padding
             module = nn.ZeroPad2d((left, right, top, bottom))
         case "ReLU":
-            return nn.ReLU(inplace=True)
+            return _relu(layer)
         case "Add":
             module = _Add()
         case "Concatenate":
@@ -186,6 +322,7 @@ def convert(layer: Any) -> nn.Module:
             module = nn.Identity()
         case kind:
             raise NotImplementedError(f"{layer.name}: no torch module for {kind}")
-    activation = getattr(layer, "activation", None)
-    relu = activation is not None and activation.__name__ == "relu"
-    return nn.Sequential(module, nn.ReLU(inplace=True)) if relu else module
+    name = getattr(getattr(layer, "activation", None), "__name__", "linear")
+    if name == "linear":
+        return module
+    return nn.Sequential(module, nn.ReLU(inplace=True) if name == "relu" else ACTIVATIONS[name]())

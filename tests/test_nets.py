@@ -23,7 +23,15 @@ def quick(*names, of=tuple(nets.ZOO)):
 OLD = DISTINCT[: DISTINCT.index("resnet50v2")]
 EVERY = quick(*OLD, "mobilenet_v3_small", "nasnet_mobile", "efficientnet_v2_s", "convnext_tiny")
 DENSE = ("densenet121", "densenet121_scale")
-TRAINED = ("vgg16", "inception_v3", "resnet50", "resnet50_v02", "resnet101_scale", "mobilenet_v3_small", "convnext_tiny")
+TRAINED = (
+    "vgg16",
+    "inception_v3",
+    "resnet50",
+    "resnet50_v02",
+    "resnet101_scale",
+    "mobilenet_v3_small",
+    "convnext_tiny",
+)
 STATISTICS = quick("resnet50", of=("resnet50", "resnet50_v02", "inception_v3", "inception_v4", "densenet121"))
 
 

@@ -1,6 +1,7 @@
 """What a train step must do and keep, counted from shapes alone, independently of what XLA makes of it."""
 
 import dataclasses
+import math
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -87,9 +88,13 @@ def formula(net: nn.Module, state: TrainState, image_size: tuple[int, int], batc
         if call.module is None:
             continue
         trained = state.labels[call.name] != masking.FROZEN
-        if "kernel" in state.params[call.name]:
-            *_, fan_in, fan_out = state.params[call.name]["kernel"].shape
-            macs = fan_in * fan_out * (_taps(call.module, call.x, call.out) if call.out.ndim == 4 else 1)
+        for leaf, kernel in state.params[call.name].items():
+            if not leaf.endswith("kernel"):
+                continue
+            if hasattr(call.module, "kernel_size") and call.out.ndim == 4:
+                macs = kernel.shape[2] * kernel.shape[3] * _taps(call.module, call.x, call.out)
+            else:  # depthwise, 1×1, or dense for each pixel; depthwise taps that meet the padding count too
+                macs = kernel.size * math.prod(call.out.shape[1:3] if call.out.ndim == 4 else ())
             total += macs * (1 + trained + reached)
         reached = reached or trained
     return int(2 * batch_size * total)

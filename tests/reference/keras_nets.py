@@ -162,13 +162,19 @@ def images_of(size: tuple[int, int], n: int = 2) -> np.ndarray:
     return np.random.default_rng(0).normal(0, 60, (n, *size, 3)).astype(np.float32)
 
 
+def fed(name: str, images: np.ndarray) -> np.ndarray:
+    """What the Keras model takes for these preprocessed images: some preprocess theirs themselves."""
+    if not name.removeprefix("thin ").startswith(INSIDE):
+        return images
+    normalise = preprocess.get(nets.spec(name).preprocessing)
+    zero, one = (np.asarray(normalise(np.full((1, 1, 3), value))) for value in (0.0, 255.0))
+    return ((images - zero) * (255 / (one - zero))).astype(np.float32)
+
+
 def keras_stages(name: str, model: keras.Model, net: Any, images: np.ndarray) -> dict[str, np.ndarray]:
     """Stage → its output by Keras, for images that are preprocessed, as ours are."""
     staged = keras.Model(model.input, stage_outputs(name, model, net))
-    if name.removeprefix("thin ").startswith(INSIDE):
-        normalise = preprocess.get(nets.spec(name).preprocessing)
-        zero, one = (np.asarray(normalise(np.full((1, 1, 3), value))) for value in (0.0, 255.0))
-        images = ((images - zero) * (255 / (one - zero))).astype(np.float32)
+    images = fed(name, images)
     with jax.default_matmul_precision("highest"):
         return {stage: np.asarray(x) for stage, x in staged(images, training=False).items()}
 
