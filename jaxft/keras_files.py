@@ -186,9 +186,10 @@ def read(path: str | os.PathLike[str]) -> KerasFile:
     try:
         zipped = zipfile.is_zipfile(path)
         if zipped:
-            opened.append(zipfile.ZipFile(path))
-            _require_stored(opened[-1].getinfo(_MEMBER).file_size, opened[-1].getinfo(_MEMBER).compress_size, _MEMBER)
-            opened.append(opened[-1].open(_MEMBER))
+            with zipfile.ZipFile(path) as archive:
+                info = archive.getinfo(_MEMBER)
+            _require_stored(info.file_size, info.compress_size, _MEMBER)
+            opened.append(hdf5_probe.open_member(path, _MEMBER))
         if wrong := hdf5_probe.probe(path, _MEMBER if zipped else None):
             raise OSError(wrong)
         opened.append(h5py.File(opened[-1] if zipped else path, "r"))

@@ -247,7 +247,7 @@ def _by_rank(
             if kinds.get(layer, kind(list(leaves.values()))) == keras_class and layer not in found
         ]
         if numbered and all(map(AUTOMATIC.fullmatch, free)):
-            free.sort(key=lambda layer: int(layer.rpartition("_")[2]))
+            free.sort(key=lambda layer: int(AUTOMATIC.fullmatch(layer)[1] or 0))  # type: ignore[index]
         if len(free) == len(layers):
             return dict(zip(free, layers, strict=True))
     return {layer.name if layer.name not in expected else layer.tensors[0].name: layer for layer in layers}

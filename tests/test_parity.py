@@ -222,7 +222,8 @@ def test_layers_count_as_keras_counts_them(name):
         kind, _, number = layer.name.rpartition("_")
         kind, number = (kind, int(number)) if number.isdecimal() else (layer.name, 0)
         automatic = kind in ("conv2d", "batch_normalization")
-        assert name_ == (f"{kind}_{number + 1}" if automatic else layer.name), f"{name}, layer {position}"
+        once = kind if kind == "normalization" else layer.name  # the reference builds EfficientNet twice
+        assert name_ == (f"{kind}_{number + 1}" if automatic else once), f"{name}, layer {position}"
 
 
 @pytest.mark.parametrize("name", nets.ZOO)
