@@ -5,6 +5,8 @@ Source: the `save_weights` of Keras 0.3, 1.2, 2.x and 3.x.
 
 import contextlib
 import dataclasses
+import hashlib
+import json
 import lzma
 import math
 import os
@@ -41,6 +43,7 @@ _BFLOAT16 = np.dtype("V2")  # what h5py makes of it; no other two bytes are in a
 
 # Limits, looked at before anything is read. The largest file of the zoo has 700 layers in groups four deep.
 _MAX_GROUPS = 20_000  # visited: hard links can make 2**40 paths of a few groups
+_MAX_INDEX_BYTES = 64 * 2**20
 _MAX_NAMES = 1_000  # attributes of names: Keras 2 splits at 64 kB, and each is looked up among all the others
 # What h5py, zipfile and the decompressors raise on bad files, beside ValueError.
 _BROKEN = (
@@ -132,6 +135,7 @@ class KerasFile:
             legacy h5 of Keras 3 write), or "keras3".
         container: "weights", "model" (a whole model with its optimizer) or "keras" (a zip).
         keras_version, backend: as the file states them, or None.
+        weightless: the layers without weights that the file lists; files of Keras 3 list none.
         layers: those with weights, in the file's order. Nested models are flattened; the optimizer and the state of
             random layers are left out.
     """
@@ -143,13 +147,14 @@ class KerasFile:
     keras_version: str | None
     backend: str | None
     layers: tuple[Layer, ...]
+    weightless: tuple[str, ...]
     close: Callable[[], None]
 
     @property
     def sha256(self) -> str:
-        """The hash of the whole file, hexadecimal."""
+        """The hash of the whole file, hexadecimal; of shards, see `content_hash`."""
         self.hashing.result()
-        return fetch.file_hash(self.path, "sha256")
+        return content_hash(self.path)
 
     @property
     def md5(self) -> str:
@@ -162,6 +167,15 @@ class KerasFile:
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, where: TracebackType | None):
         self.close()
+
+
+def content_hash(path: Path) -> str:
+    """The SHA-256 of a file, hexadecimal. That of an index of shards is the hash of theirs, a line each in order."""
+    shards = _shards(path)
+    if not shards:
+        return fetch.file_hash(path, "sha256")
+    lines = "".join(f"{fetch.file_hash(shard, 'sha256')}\n" for shard in shards)
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def read(path: str | os.PathLike[str]) -> KerasFile:
@@ -177,6 +191,7 @@ def read(path: str | os.PathLike[str]) -> KerasFile:
         raise FileNotFoundError(f"the weight file {path} {what}")
     if foreign := _foreign(path):
         raise ValueError(f"{path} is {foreign}")
+    shards = _shards(path)
     opened: list[Any] = []
 
     def close() -> None:
@@ -184,15 +199,19 @@ def read(path: str | os.PathLike[str]) -> KerasFile:
             file.close()
 
     try:
-        zipped = zipfile.is_zipfile(path)
+        zipped = not shards and zipfile.is_zipfile(path)
         if zipped:
             with zipfile.ZipFile(path) as archive:
                 info = archive.getinfo(_MEMBER)
             _require_stored(info.file_size, info.compress_size, _MEMBER)
             opened.append(hdf5_probe.open_member(path, _MEMBER))
-        if wrong := hdf5_probe.probe(path, _MEMBER if zipped else None):
-            raise OSError(wrong)
-        opened.append(h5py.File(opened[-1] if zipped else path, "r"))
+        for part in shards or (path,):
+            if wrong := hdf5_probe.probe(part, _MEMBER if zipped else None):
+                raise OSError(f"{part.name}: {wrong}" if shards else wrong)
+        if shards:
+            opened.append(_merged(shards))
+        else:
+            opened.append(h5py.File(opened[-1] if zipped else path, "r"))
         found = _layout(opened[-1])
     except _BROKEN as error:
         close()
@@ -206,7 +225,8 @@ def read(path: str | os.PathLike[str]) -> KerasFile:
         Layer(layer.name, tuple(dataclasses.replace(tensor, path=path) for tensor in layer.tensors))
         for layer in found["layers"]
     )
-    container = "keras" if zipped else found.pop("container")
+    container = "keras" if zipped else "shards" if shards else found.pop("container")
+    found = {"weightless": (), **found}
     found.pop("container", None)
     # Only a file that names no backend is looked up among the published ones; reading for md5 gives sha256 as well.
     hash_kind = "md5" if found["backend"] is None and found["layout"] != "keras3" else "sha256"
@@ -214,6 +234,53 @@ def read(path: str | os.PathLike[str]) -> KerasFile:
     hashing = thread.submit(fetch.file_hash, path, hash_kind)
     thread.shutdown(wait=False)
     return KerasFile(path=path, hashing=hashing, container=container, close=close, **found)
+
+
+def _shards(path: Path) -> list[Path]:
+    """The files that an index of Keras 3 (`.weights.json`) names, which lie beside it; none if `path` is no index.
+
+    Raises:
+        ValueError: the index is malformed, or names a file that is not there.
+    """
+    with path.open("rb") as file:
+        if not file.read(4096).lstrip().startswith(b"{") or path.stat().st_size > _MAX_INDEX_BYTES:
+            return []
+    try:
+        places = json.loads(path.read_text("utf-8"))["weight_map"].values()
+        names = {name for place in places for name in ([place] if isinstance(place, str) else place)}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is JSON, but no index of weights in shards, which has a weight_map") from error
+    if not names or not all(isinstance(name, str) and name == Path(name).name for name in names):
+        raise ValueError(f"{path}: weight_map must name files that lie beside it")
+    if missing := sorted(name for name in names if not path.with_name(name).is_file()):
+        raise ValueError(
+            f"{path} names {len(names)} shards, of which {', '.join(missing[:3])} {'are' if missing[1:] else 'is'} "
+            "not beside it; put them there"
+        )
+    return [path.with_name(name) for name in sorted(names)]
+
+
+def _merged(shards: Sequence[Path]) -> h5py.File:
+    """The shards as one file, in memory."""
+    whole = h5py.File(shards[0].name, "w", driver="core", backing_store=False)
+    for shard in shards:
+        with h5py.File(shard, "r") as file:
+            for key in list(file):
+                _copy(file, whole, str(key))
+    return whole
+
+
+def _copy(source: h5py.Group, target: h5py.Group, key: str) -> None:
+    """A group or array of `source`, into what `target` has of it already."""
+    found = _child(source, key)
+    if isinstance(found, h5py.Dataset):
+        target.create_dataset(key, data=found[()])
+        return
+    inner = target.require_group(key)
+    for name, value in found.attrs.items():
+        inner.attrs[name] = value
+    for child in list(found):
+        _copy(found, inner, str(child))
 
 
 def _foreign(path: Path) -> str | None:
@@ -237,8 +304,6 @@ def _foreign(path: Path) -> str | None:
         return f"a NumPy file of arrays, which does not say what its layers are. {_OTHERS}"
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 1 << 32:
         return f"a safetensors file. {_OTHERS}"
-    if start.startswith(b"{") and b"weight_map" in start:
-        return "the index of weights that Keras saved in shards: load it in Keras and save it as one .weights.h5"
     if start.startswith(b"\x1f\x8b"):
         return "compressed with gzip: unpack it first"
     if start.lstrip()[:9].lower() in (b"<!doctype", b"<html>") or start.lstrip()[:5].lower() == b"<html":
@@ -264,7 +329,9 @@ def _layout(file: h5py.File) -> dict[str, Any]:
         version = stated["keras_version"]
         layers = [layer for name in names for layer in _named(name, _child(root, name))]
         layout = "keras1" if version is None or version.startswith("1") else "keras2"
-        return stated | {"layout": layout, "layers": tuple(layers)}
+        weighted = {name for name in names if len(_names(_child(root, name), "weight_names"))}
+        weightless = tuple(name for name in names if name not in weighted)
+        return stated | {"layout": layout, "layers": tuple(layers), "weightless": weightless}
     layers = tuple(_keras3(root))
     if not layers:
         raise ValueError(

@@ -76,17 +76,19 @@ def ends_of(layer: Layer) -> list[str]:
     return ["/".join(parts[first:]) for first in range(len(parts))]
 
 
-def by_name(name: str, expected: Shapes, file: KerasFile, *, cut: bool = False) -> dict[str, Layer]:
+def by_name(
+    name: str, expected: Shapes, file: KerasFile, *, cut: bool = False, given: Mapping[str, Layer] | None = None
+) -> dict[str, Layer]:
     """The file's layers by the net's names, as far as they have a place there, else by their own.
 
     Automatic names count by rank, and so do dense layers with names that the net does not know: they are a head of the
-    user's own. `cut` says that some dense layers were left out.
+    user's own. `cut` says that some dense layers were left out; `given` are layers whose place is known.
     """
     published = nets.spec(name)
     whole = nets.create(name, published.num_classes)
     known = {*keras_order(whole), *expected}
     canonical = functools.cache(lambda: expect(name, whole))
-    found: dict[str, Layer] = {}
+    found: dict[str, Layer] = dict(given or {})
     automatic: dict[str, list[Layer]] = {}
     strange = []
     for layer in file.layers:

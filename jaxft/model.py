@@ -217,6 +217,7 @@ def load(
     dtype: Any = "auto",
     seed: int = 0,
     ignore: Sequence[str] = (),
+    names: Mapping[str, str] | None = None,
     channels: int = 3,
     **options: Any,
 ) -> Model:
@@ -231,6 +232,7 @@ def load(
         dtype: of the computation: float32, bfloat16, or "auto": bfloat16 on a GPU or TPU and float32 on a CPU.
         seed: of layers that the file does not fill.
         ignore: patterns of layers of the file that the net has no place for, as in `port_weights.load`.
+        names: the file's name of a layer → the net's, as there.
         channels: of the images; for another number than 3 the first kernel is adapted, as `preprocess.adapt` says.
         options: further fields of the net's class: `hidden`, `dropout`, `fc` of VGG.
 
@@ -255,6 +257,7 @@ def load(
             order=order,
             seed=seed,
             ignore=(*weights.ignore, *ignore),
+            names=names,
             **(dict(net.options) | {"dtype": net.dtype} if regions else options),
         )
         if regions:
@@ -269,6 +272,10 @@ def load(
         assert layer is not None  # in every net of the zoo
         kernel = preprocess.adapt(np.asarray(variables["params"][layer]["kernel"]), channels, weights.preprocessing)
         variables["params"][layer] = {**variables["params"][layer], "kernel": kernel}
+        for norm in set(variables["batch_stats"]) - set(variables["params"]):  # of the images themselves
+            leaves = variables["batch_stats"][norm]
+            adapted = {leaf: np.asarray(preprocess.of_channels(leaves[leaf], channels)) for leaf in ("mean", "var")}
+            variables["batch_stats"][norm] = {**leaves, **adapted}
     return Model(net, variables, weights.preprocessing, name, weights.record())
 
 

@@ -124,6 +124,7 @@ def load(
     order: str = "auto",
     seed: int = 0,
     ignore: Sequence[str] = (),
+    names: Mapping[str, str] | None = None,
     **options: Any,
 ) -> tuple[Variables, Report]:
     """Fills the net called `name` from a Keras file.
@@ -139,6 +140,7 @@ def load(
         order: a key of `ORDERS`, or `auto`: by known hash, `backend` attribute or layout, else an error.
         seed: of fresh layers.
         ignore: patterns (as in the shell) of names of the file's layers; these are taken to be absent.
+        names: the file's name of a layer → the net's, for layers of one's own names: {"my_output": "predictions"}.
         options: fields of the net's class (fc, hidden, …), as in `nets.create`.
 
     Returns:
@@ -156,7 +158,16 @@ def load(
     with read(path) as file:
         ignored = [layer for layer in file.layers if matches(layer, ignore)]
         file = dataclasses.replace(file, layers=tuple(layer for layer in file.layers if layer not in ignored))
-        found = by_name(name, expected, file, cut=any(layer.kind == "dense" for layer in ignored))
+        if low_rank := [layer.name for layer in file.layers if any("lora_" in t.name for t in layer.tensors)]:
+            raise ValueError(
+                f"{path}: {', '.join(low_rank)} keep the matrices of LoRA apart from their kernels; save the model as "
+                ".weights.h5 or .keras, where Keras adds them up"
+            )
+        given = _given(names or {}, file, expected)
+        file = dataclasses.replace(file, layers=tuple(layer for layer in file.layers if layer not in given.values()))
+        cut = any(layer.kind == "dense" for layer in ignored)
+        found = by_name(name, expected, file, cut=cut, given=given)
+        _require_listed(name, file)
         word, decided_by = _order(name, file, found, expected, order)
         plan = _plan(name, net, expected, found, stored_out_in=ORDERS[word][0])
         if plan.problems:
@@ -189,6 +200,38 @@ def load(
     # In the net's own order of layers, whatever the file's.
     variables["params"] = {layer: variables["params"][layer] for layer in expected if layer in variables["params"]}
     return variables, report
+
+
+def _given(names: Mapping[str, str], file: KerasFile, expected: Shapes) -> dict[str, Layer]:
+    """The net's layer → the file's, as the caller names them."""
+    given: dict[str, Layer] = {}
+    for stored, target in names.items():
+        layers = [layer for layer in file.layers if matches(layer, [stored])]
+        if len(layers) != 1:
+            found = "none" if not layers else f"{len(layers)} of these"
+            known = ", ".join(layer.name for layer in file.layers)
+            raise ValueError(f"names={dict(names)!r}: {file.path} has {found} called {stored}; it has {known}")
+        if target not in expected or target in given:
+            raise ValueError(f"names={dict(names)!r}: {target} is no layer of the net with weights, or named twice")
+        given[target] = layers[0]
+    return given
+
+
+def _require_listed(name: str, file: KerasFile) -> None:
+    """Refuses a file that lists layers of another form of the net, which no weight tells apart."""
+    spec, listed = nets.spec(name), {layer.rpartition("/")[2] for layer in file.weightless}
+    if not listed or (listed >= set(spec.holds) and not listed & set(spec.lacks)):
+        return
+    others = [
+        other
+        for other, row in nets.ZOO.items()
+        if (row.holds or row.lacks) and listed >= set(row.holds) and not listed & set(row.lacks)
+    ]
+    odd = ", ".join((*(set(spec.holds) - listed), *(listed & set(spec.lacks))))
+    raise ValueError(
+        f"{file.path} does not fit {name} ({spec.about}), by {odd}, which the file "
+        f"{'lists' if listed & set(spec.lacks) else 'does not list'}: it is a file of {' or '.join(others)}"
+    )
 
 
 def save(
@@ -510,6 +553,8 @@ class Arguments:
     """For GoogLeNet: whether it has its two auxiliary heads."""
     ignore: tuple[str, ...] = ()
     """Patterns of names of the file's layers, which are taken to be absent."""
+    names: dict[str, str] = dataclasses.field(default_factory=dict)
+    """The file's name of a layer, then the net's, for layers of one's own names: my_output predictions."""
 
 
 def main(arguments: Arguments) -> None:
@@ -525,6 +570,7 @@ def main(arguments: Arguments) -> None:
         num_classes=arguments.num_classes or nets.spec(arguments.net).num_classes,
         order=arguments.order,
         ignore=arguments.ignore,
+        names=arguments.names,
         **options,
     )
     print(report)

@@ -6,7 +6,7 @@ their order, channel i with the constants of red, green or blue by i modulo 3; o
 Source: `keras.applications.imagenet_utils.preprocess_input`, modes of the same names.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ TORCH_MEAN_RGB = (0.485, 0.456, 0.406)
 TORCH_STD_RGB = (0.229, 0.224, 0.225)
 
 
-def _of_channels(rgb: tuple[float, ...], count: int) -> jax.Array:
+def of_channels(rgb: Sequence[float] | np.ndarray, count: int) -> jax.Array:
     """The constants of red, green and blue for another number of channels, float32 [count]."""
     return jnp.asarray([sum(rgb) / 3] if count == 1 else [rgb[i % 3] for i in range(count)], jnp.float32)
 
@@ -32,7 +32,7 @@ def _caffe(images: jax.Array, mean_bgr: tuple[float, ...]) -> jax.Array:
     images = images.astype(jnp.float32)
     if images.shape[-1] == 3:
         return images[..., ::-1] - jnp.asarray(mean_bgr)
-    return images - _of_channels(mean_bgr[::-1], images.shape[-1])
+    return images - of_channels(mean_bgr[::-1], images.shape[-1])
 
 
 def caffe_017(images: jax.Array) -> jax.Array:
@@ -60,7 +60,7 @@ def unit(images: jax.Array) -> jax.Array:
 
 def torch(images: jax.Array) -> jax.Array:
     """RGB [..., 3] in 0 to 255, any dtype → float32 RGB, each channel standardised by ImageNet's mean and deviation."""
-    mean, deviation = (_of_channels(rgb, images.shape[-1]) for rgb in (TORCH_MEAN_RGB, TORCH_STD_RGB))
+    mean, deviation = (of_channels(rgb, images.shape[-1]) for rgb in (TORCH_MEAN_RGB, TORCH_STD_RGB))
     return (images.astype(jnp.float32) / 255.0 - mean) / deviation
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from jaxft import fetch, nets, preprocess
+from jaxft import fetch, keras_files, nets, preprocess
 
 CHOICES = {
     "auto": "imagenet if cached or reachable, else hed-bsds500 for vgg16",
@@ -98,7 +98,7 @@ def resolve(
         if not path.is_file():
             choices = "; ".join(f"{choice} ({meaning})" for choice, meaning in CHOICES.items())
             raise FileNotFoundError(f"weights={str(weights)!r}: there is no such file. Give a path or one of {choices}")
-        return Weights(str(weights), path, fetch.file_hash(path, "sha256"), spec.preprocessing)
+        return Weights(str(weights), path, keras_files.content_hash(path), spec.preprocessing)
     if weights == "none":
         return Weights("none", None, None, spec.preprocessing)
     if weights == "hed-bsds500":

@@ -40,6 +40,7 @@ class Start:
         weights: auto, imagenet, hed-bsds500 (vgg16), none, or the path of a Keras weight file.
         order: kernel ordering of the file: auto, tf, th, th-tf-kernels or tf-th-kernels.
         ignore: patterns of layers of the file that the net has no place for.
+        names: the file's name of a layer, then the net's, for names of one's own: my_output predictions.
         head: gap (global average pooling), gap:256 (and a hidden layer), or fc (vgg's fc1 and fc2, from the file).
         dropout: share of units dropped before the last layer, where the net takes it.
         dtype: of the computation: float32, bfloat16; auto is bfloat16 on a GPU and float32 on a CPU.
@@ -49,6 +50,7 @@ class Start:
     weights: str = "auto"
     order: str = "auto"
     ignore: tuple[str, ...] = ()
+    names: dict[str, str] = dataclasses.field(default_factory=dict)
     head: str = "gap"
     dropout: float | None = None
     dtype: str = "auto"
@@ -276,7 +278,7 @@ def model_of(start: Start, num_classes: int, channels: int, seed: int) -> Model:
     if start.dropout is not None:
         many = getattr(nets.create(start.net), "dropout", 0.0)  # GoogLeNet has a rate for each of its heads
         options["dropout"] = (start.dropout,) * len(many) if isinstance(many, tuple) else start.dropout
-    settings = {"weights": start.weights, "order": start.order, "dtype": start.dtype, "ignore": start.ignore}
+    settings = {name: getattr(start, name) for name in ("weights", "order", "dtype", "ignore", "names")}
     return load(start.net, num_classes, seed=seed, channels=channels, **settings, **options)
 
 

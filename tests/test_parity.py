@@ -23,7 +23,15 @@ TOLERANCE = 1e-5  # of max|Δ| / max|reference|; Keras's own two backends differ
 # One net for each path through the code; the others differ from these in depth and width alone.
 PATHS = (
     *("vgg16", "googlenet", "inception_v3", "inception_v3_v02", "thin inception_v4"),
-    *("resnet50", "resnet50_v02", "thin resnet101_scale", "thin densenet121", "thin densenet121_scale"),
+    *(
+        "resnet50",
+        "resnet50_v02",
+        "resnet50_v21",
+        "thin inception_v4_gamma",
+        "thin resnet101_scale",
+        "thin densenet121",
+        "thin densenet121_scale",
+    ),
     *("resnet50v2", "xception", "inception_resnet_v2", "mobilenet", "mobilenet_v2", "mobilenet_v3_small"),
     *("mobilenet_v3_large", "thin nasnet_mobile", "thin nasnet_large", "efficientnet_b0", "efficientnet_v2_b0"),
     *("efficientnet_v2_s", "thin efficientnet_v2_s", "thin convnext_tiny"),
@@ -31,7 +39,15 @@ PATHS = (
 NEWER = PATHS[PATHS.index("resnet50v2") :]  # than Keras on Theano
 # Where another net takes nearly the same path, or Keras is slow to build it.
 SECOND = (
-    *("inception_v3_v02", "thin inception_v4", "resnet50_v02", "resnet50v2", "inception_resnet_v2", "mobilenet"),
+    *(
+        "inception_v3_v02",
+        "thin inception_v4",
+        "resnet50_v02",
+        "resnet50_v21",
+        "resnet50v2",
+        "inception_resnet_v2",
+        "mobilenet",
+    ),
     *("mobilenet_v2", "mobilenet_v3_large", "thin nasnet_mobile", "thin nasnet_large", "efficientnet_b0"),
     *("efficientnet_v2_b0", "efficientnet_v2_s"),
 )
@@ -41,6 +57,7 @@ BLOCKS = (2, 3, 2, 2)
 FUSED = ((True, (24, 1, 1)), (True, (32, 4, 2)), (False, (48, 4, 2)))  # width, how much wider, strides
 THIN = {
     "inception_v4": ({"table": tuple(nets.inception.v4((1, 2, 1)).items())}, {"blocks": (1, 2, 1)}),
+    "inception_v4_gamma": ({"table": tuple(nets.inception.v4((1, 1, 1)).items())}, {"blocks": (1, 1, 1)}),
     "resnet101_scale": ({"depths": BLOCKS}, {"blocks": BLOCKS}),
     "densenet121": ({"depths": BLOCKS}, {"blocks": list(BLOCKS)}),
     "densenet121_scale": ({"depths": BLOCKS}, {"blocks": BLOCKS, "growth": 32, "stem_width": 64}),
@@ -73,6 +90,7 @@ THIN = {
 }
 BUILDERS = {
     "inception_v4": keras_nets.inception_v4.inception_v4,
+    "inception_v4_gamma": keras_nets.inception_v4.inception_v4_gamma,
     "resnet101_scale": keras_nets.resnet_scale.resnet_scale,
     "densenet121": DenseNet,
     "densenet121_scale": keras_nets.densenet_scale.densenet_scale,
@@ -195,6 +213,7 @@ def test_every_stage_and_the_logits_at_the_native_size(tmp_path, name):
 COUNTED = [name for name in nets.ZOO if not name.startswith("vgg") and name != "googlenet"]
 LATER = list(nets.ZOO)[list(nets.ZOO).index("resnet50v2") :]
 ALIKE = ("resnet101", "resnet152_scale", "densenet169", "densenet201", "densenet161_scale", "densenet169_scale")
+ALIKE += ("inception_v4_gamma", "resnet50_v21")
 ALIKE += tuple(name for name in LATER if name not in ("mobilenet_v2", "mobilenet_v3_small"))
 
 

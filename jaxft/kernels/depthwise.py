@@ -1,7 +1,7 @@
 """Depthwise convolution for a CPU: a sum over taps of shifted images, each times a row of the kernel.
 
-XLA's CPU backend computes grouped convolutions on one core, channel by channel. Here a convolution of k×k is k² products
-and sums that the compiler makes one loop of; so is the gradient of the input. Other platforms get XLA's own.
+XLA's CPU backend computes grouped convolutions on one core, channel by channel. Here a convolution of k×k is k²
+products and sums that the compiler makes one loop of; so is the gradient of the input. Other platforms get XLA's own.
 """
 
 import functools
@@ -34,7 +34,7 @@ def convolve_depthwise(
     """
     pads = explicit_pads(x, kernel.shape[:2], (strides, strides), padding)
     if of_cpu() and min(map(min, pads)) >= 0:
-        y = _depthwise(x, kernel, strides, pads)
+        y: Any = _depthwise(x, kernel, strides, pads)
         y = y if bias is None else y + bias
         return (nn.relu(y) if relu else y).astype(x.dtype)
     y = grouped(x, kernel, strides, pads)
@@ -74,7 +74,7 @@ def _backward(stride, pads, saved, dy):
         for k, (low, _), side, n in zip(size, pads, sides, dy.shape[1:3], strict=True)
     ]
     spread = lax.pad(dy, jnp.zeros((), dy.dtype), ((0, 0, 0), *holes, (0, 0, 0)))
-    dx = _depthwise(spread, kernel[::-1, ::-1], 1, ((0, 0), (0, 0)))
+    dx: Any = _depthwise(spread, kernel[::-1, ::-1], 1, ((0, 0), (0, 0)))
     return dx.astype(x.dtype), kernel_gradient(x, dy, size, stride, pads).reshape(kernel.shape)
 
 

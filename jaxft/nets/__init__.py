@@ -67,6 +67,7 @@ ZOO: dict[str, Spec] = {
     "inception_v4": inception.spec_v4(
         42_712_937, 12.25, "9fe79d77f793fe874470d84ca6ba4a3b", "9296b46b5971573064d12e4669110969"
     ),
+    "inception_v4_gamma": inception.spec_v4_gamma(42_742_984, 12.25),
     "resnet50": resnet.spec(
         (3, 4, 6, 3), 25_636_712, 3.86, "2cb95161c43110f7111970584f804107", "4d473c1dd8becc155b73f8504c6f6626"
     ),
@@ -82,6 +83,7 @@ ZOO: dict[str, Spec] = {
         tf=("a7b3fe01876f51b976af0dea6bc144eb", "a268eb855778b3df3c7506639542a6af"),
         th=("1c1f8f5b0c8ee28fe9d950625a230e1c", "f64f049c92468c9affcd44b0976cdafe"),
     ),
+    "resnet50_v21": resnet.spec_v21(25_636_712, 3.86),
     "resnet101_scale": resnet.spec_scale((3, 4, 23, 3), 44_759_848, 7.55),
     "resnet152_scale": resnet.spec_scale((3, 8, 36, 3), 60_495_656, 11.26),
     "densenet121": densenet.spec(

@@ -58,6 +58,7 @@ class Spec:
         aliases: other names that weight files use → layer names of the net.
         flattened: dense layer that follows a Flatten → (height, width) of the map that is flattened.
         convolved: dense layers of the head that Keras keeps as 1×1 convolutions.
+        holds, lacks: layers without weights that a file of this net lists, or does not, if it lists such layers.
     """
 
     net: Callable[..., "Net"]
@@ -73,6 +74,8 @@ class Spec:
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     flattened: Mapping[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
     convolved: tuple[str, ...] = ()
+    holds: tuple[str, ...] = ()
+    lacks: tuple[str, ...] = ()
 
 
 def published(url: str, md5: str, notop_md5: str, order: str = "tf") -> dict[str, WeightFile]:

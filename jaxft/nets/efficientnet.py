@@ -19,7 +19,8 @@ from jaxft.nets.functional import (
     normalization,
     nothing,
 )
-from jaxft.preprocess import TORCH_STD_RGB
+
+STD_RGB = (0.229, 0.224, 0.225)  # of ImageNet, of images in 0 to 1
 
 # Rows of EfficientNet: kernel, blocks, width, how much wider the inside is, strides of the first block.
 V1 = (
@@ -68,7 +69,7 @@ class EfficientNet(Functional):
 
     def plan(self, x: Layer) -> Iterator[tuple[str, Layer]]:
         """See `Functional`."""
-        factor = [1 / math.sqrt(deviation) for deviation in TORCH_STD_RGB] if self.rescaled else ()
+        factor = [1 / math.sqrt(deviation) for deviation in STD_RGB] if self.rescaled else ()
         x = normalization(nothing(x, "rescaling"), "normalization", factor)
         x = nothing(x, "rescaling_1") if self.rescaled else x
         x = norm(conv2d(nothing(x, "stem_conv_pad"), "stem_conv", self._width(32), 3, 2), "stem_bn")
@@ -195,7 +196,7 @@ def spec(
     """The zoo's row of an EfficientNet. Source of URL and hashes: `keras.applications.efficientnet`."""
     return Spec(
         net=partial(EfficientNet, width=width, depth=depth, dropout=dropout),
-        about=f"inverted blocks with squeeze-and-excite, widths ×{width}, depths ×{depth}; normalises its images itself",
+        about=f"inverted blocks with squeeze-and-excite, widths ×{width}, depths ×{depth}; normalises images itself",
         native_size=(size, size),
         preprocessing="unit",
         head="predictions",
@@ -222,9 +223,10 @@ def spec_v2(
     small = blocks is V2_B
     stem = {V2_B: 32, V2_S: 24, V2_M: 24, V2_L: 32}[blocks]
     grown = {"width": width, "depth": depth} if small else {}
+    grown_by = f"widths ×{width}, depths ×{depth}" if small else name.strip("-").upper()
     return Spec(
         net=partial(EfficientNetV2, blocks=blocks, stem_width=stem, normalised=small, **grown),
-        about=f"fused and inverted blocks, {'widths ×%s, depths ×%s' % (width, depth) if small else name.strip('-').upper()}",
+        about=f"fused and inverted blocks, {grown_by}",
         native_size=(size, size),
         preprocessing="torch" if small else "tf_128",
         head="predictions",

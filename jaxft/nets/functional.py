@@ -73,7 +73,7 @@ def conv2d(
     groups: int = 1,
     function: str = "linear",
 ) -> Layer:
-    """A convolution with a key of `ACTIVATIONS`; with as many groups as channels it is depthwise: kernel [h, w, 1, C]."""
+    """A convolution and a key of `ACTIVATIONS`; with as many groups as channels depthwise, kernel [h, w, 1, C]."""
     options = {"size": (size, size) if isinstance(size, int) else size, "strides": strides, "padding": padding}
     return _layer("conv2d", x, name, width, **options, bias=bias, groups=groups, function=function)
 
@@ -329,7 +329,8 @@ class Functional(Net):
             case "global_average_pooling2d":
                 return x.mean((1, 2), keepdims=True)
             case "zero_padding2d":
-                return jnp.pad(x, ((0, 0), *_pads(options["size"], x.shape[1:3]), (0, 0)))
+                rows, columns = _pads(options["size"], x.shape[1:3])
+                return jnp.pad(x, ((0, 0), rows, columns, (0, 0)))
             case "cropping2d":
                 return x[:, options["above"] :, options["left"] :]
             case "dropout":
@@ -360,7 +361,7 @@ def _followers(layer: Layer, readers: Mapping[Layer, list[Layer]], last: Layer) 
     return normal, relu
 
 
-def _pads(size: int | Padding, sides: Sequence[int]) -> Padding:
+def _pads(size: Any, sides: Sequence[int]) -> tuple[tuple[int, int], tuple[int, int]]:
     """((above, below), (left, right)), of `pad`."""
     if not isinstance(size, int):
         return size
@@ -448,7 +449,10 @@ class _Normalization(nn.Module):
         var = self.variable("batch_stats", "var", jnp.ones, x.shape[-1:]).value
         self.variable("batch_stats", "count", jnp.zeros, ())
         x = (x.astype(jnp.float32) - mean) / jnp.sqrt(jnp.maximum(var, 1e-14))
-        return x * jnp.asarray(self.factor) if self.factor else x
+        channels, rgb = x.shape[-1], self.factor
+        if not rgb:
+            return x
+        return x * jnp.asarray([sum(rgb) / 3] if channels == 1 else [rgb[i % 3] for i in range(channels)])
 
 
 def _stages(net: Functional) -> dict[str, list[Layer]]:

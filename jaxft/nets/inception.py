@@ -153,6 +153,7 @@ class Inception(Net):
         hidden: widths of dense ReLU layers hidden1, hidden2, … before the last layer.
         relu_first: convolution with bias → ReLU → BatchNorm with gamma, so that features can be negative (v0.2); else
             convolution → BatchNorm without gamma → ReLU.
+        gamma: BatchNorm has a gamma even so.
         momentum: of BatchNorm's running statistics.
         dropout: rate before each dense layer after hidden1, and before the last one, in training.
         frozen: names of frozen layers; their BatchNorm uses and keeps the running statistics.
@@ -166,6 +167,7 @@ class Inception(Net):
     num_classes: int | None = 1000
     hidden: tuple[int, ...] = ()
     relu_first: bool = False
+    gamma: bool = False
     momentum: float = 0.99
     dropout: float = 0.0
     frozen: frozenset[str] = frozenset()
@@ -264,7 +266,7 @@ class Inception(Net):
             frozen=self.frozen,
             epsilon=1e-3,
             momentum=self.momentum,
-            scale=self.relu_first,
+            scale=self.relu_first or self.gamma,
             dtype=self.dtype,
         )
         x = conv(
@@ -328,4 +330,15 @@ def spec_v4(num_params: int, gmac: float, md5: str, notop_md5: str) -> Spec:
         num_params=num_params,
         gmac=gmac,
         weights=published(url, md5, notop_md5),
+    )
+
+
+def spec_v4_gamma(num_params: int, gmac: float) -> Spec:
+    """The zoo's row of Inception-V4 with a gamma, as files have that the source's script trained: give their path."""
+    return _spec(
+        partial(Inception, table=tuple(v4().items()), gamma=True, momentum=0.9997, dropout=0.2),
+        about="as inception_v4, and BatchNorm has a gamma that was trained",
+        num_classes=1001,
+        num_params=num_params,
+        gmac=gmac,
     )

@@ -1,6 +1,7 @@
 """Inception-ResNet-v2 (Szegedy et al., 2016, arXiv:1602.07261, figures 15 to 19 and 3)."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from jaxft.nets.common import Spec, published
 from jaxft.nets.functional import Functional, Layer, activation, add, concatenate, conv2d, norm, pool
@@ -39,12 +40,13 @@ class InceptionResNetV2(Functional):
             )
             return activation(x, "relu")
 
-        def branch(x: Layer, units: tuple, strides: int = 1) -> Layer:
+        def branch(x: Layer, units: Any, strides: int = 1) -> Layer:
             """Convolutions one after another; with strides, the last one has them and no padding."""
             *first, last = units
             for width, size in first:
                 x = unit(x, width, size)
-            return unit(x, *last, strides, "VALID") if strides > 1 else unit(x, *last)
+            width, size = last
+            return unit(x, width, size, strides, "VALID" if strides > 1 else "SAME")
 
         x = unit(unit(unit(x, 32, 3, 2, "VALID"), 32, 3, 1, "VALID"), 64, 3)
         x = pool(x, "max", 3, 2)

@@ -173,8 +173,10 @@ def _squeeze(x: Layer, name: str, width: int) -> Layer:
 
 
 def spec(num_params: int, gmac: float, md5: str, notop_md5: str) -> Spec:
-    """The zoo's row of MobileNet. Source of the URL: `keras.applications.mobilenet`, which states no hash; the hashes are
-    those of a public mirror whose others agree with Keras's."""
+    """The zoo's row of MobileNet. Source of the URL: `keras.applications.mobilenet`, which states no hash.
+
+    The hashes are those of a public mirror, whose others agree with Keras's.
+    """
     return Spec(
         net=MobileNet,
         about="depthwise and 1×1 convolutions, 28 layers",

@@ -50,6 +50,8 @@ VARIANTS = {
     "keras": Variant(bias=True, epsilon=1.001e-5, scale=False, pool_padding=1, names="blocks", shortcut_first=True),
     # fchollet/deep-learning-models, release v0.2
     "v02": Variant(bias=True, epsilon=1e-3, scale=False, pool_padding=0, names="letters", shortcut_first=False),
+    # Keras 2.1 to 2.2, its applications before 1.0.7
+    "v21": Variant(bias=True, epsilon=1e-3, scale=False, pool_padding=1, names="letters", shortcut_first=False),
     # converted from the authors' Caffe models
     "scale": Variant(bias=False, epsilon=1.1e-5, scale=True, pool_padding=0, names="numbers", shortcut_first=False),
 }
@@ -225,6 +227,22 @@ def spec_v02(num_params: int, gmac: float, tf: tuple[str, str], th: tuple[str, s
         num_params=num_params,
         gmac=gmac,
         weights=published(url, *tf) | published(url, *th, order="th"),
+        lacks=("pool1_pad",),
+    )
+
+
+def spec_v21(num_params: int, gmac: float) -> Spec:
+    """The zoo's row of ResNet-50 of Keras 2.1 and 2.2: give the path of a file that they trained."""
+    return Spec(
+        net=partial(ResNet, depths=(3, 4, 6, 3), variant="v21"),
+        about="50 layers, Keras 2.1 to 2.2: as v0.2, and pool1 padded (56×56)",
+        native_size=(224, 224),
+        preprocessing="caffe",
+        head="fc1000",
+        classifier=("fc1000",),
+        num_params=num_params,
+        gmac=gmac,
+        holds=("pool1_pad",),
     )
 
 

@@ -3,6 +3,8 @@
 The classifier returns logits, and its 8×8 average pooling is global; the script leaves every layer without a name.
 """
 
+from unittest import mock
+
 from keras import Input, Model, layers
 
 
@@ -77,3 +79,10 @@ def inception_v4(input_shape=(299, 299, 3), classes=1001, blocks=(4, 7, 3)) -> M
         x = layers.Dropout(0.2)(x)
         x = layers.Dense(classes)(x)
     return Model(image, x, name="inception_v4")
+
+
+def inception_v4_gamma(**options) -> Model:
+    """The same with a gamma in each BatchNorm."""
+    norm = layers.BatchNormalization
+    with mock.patch.object(layers, "BatchNormalization", lambda momentum, scale: norm(momentum=momentum)):
+        return inception_v4(**options)

@@ -4,6 +4,7 @@ Nets that Keras lacks are the rebuilds beside this file. A deviation is max|Δ| 
 highest matmul precision.
 """
 
+import functools
 import os
 import pathlib
 import re
@@ -68,7 +69,9 @@ REFERENCES: dict[str, Callable[..., keras.Model]] = {
     "googlenet": googlenet.googlenet,
     "inception_v3_v02": inception_v3_v02.inception_v3_v02,
     "inception_v4": inception_v4.inception_v4,
+    "inception_v4_gamma": inception_v4.inception_v4_gamma,
     "resnet50_v02": resnet_v02.resnet50_v02,
+    "resnet50_v21": functools.partial(resnet_v02.resnet50_v02, padded=True),
     "resnet101_scale": resnet_scale.resnet101_scale,
     "resnet152_scale": resnet_scale.resnet152_scale,
     "densenet121_scale": densenet_scale.densenet121_scale,

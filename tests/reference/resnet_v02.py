@@ -25,13 +25,17 @@ def _bottleneck(x, filters, block, project, strides):
     return layers.ReLU(name=f"res{block}_relu")(y)
 
 
-def resnet50_v02(input_shape=(224, 224, 3), classes=1000) -> Model:
-    """The net up to the logits, or up to `res5c_relu` where `classes` is None."""
+def resnet50_v02(input_shape=(224, 224, 3), classes=1000, padded=False) -> Model:
+    """The net up to the logits, or up to `res5c_relu` where `classes` is None.
+
+    With `padded` it is that of Keras 2.1 and 2.2, where zeros come before pool1.
+    """
     image = Input(input_shape, name="data")
     x = layers.ZeroPadding2D(3, name="conv1_zeropadding")(image)
     x = layers.Conv2D(64, 7, strides=2, name="conv1")(x)
     x = layers.BatchNormalization(epsilon=1e-3, name="bn_conv1")(x)
     x = layers.ReLU(name="conv1_relu")(x)
+    x = layers.ZeroPadding2D(1, name="pool1_pad")(x) if padded else x
     x = layers.MaxPooling2D(3, strides=2, name="pool1")(x)
     for stage, count in enumerate((3, 4, 6, 3), start=2):
         for k in range(count):
