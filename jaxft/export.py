@@ -216,13 +216,31 @@ def _keras_layer(
     layer: Layer, given: list[Any], before: tuple[int, ...], weights: Mapping[str, Any], kit: Any, ops: Any
 ) -> Any:
     x, options = given[0], layer.options
+    factor = options.get("factor", 1.0) if layer.kind == "add" else 1.0
+
+    def by(each: Any) -> Any:
+        return each if factor == 1.0 else kit.Rescaling(factor)(each)
+
     simple: dict[str, Callable[[], Any]] = {
         "same": lambda: x,
         "relu": lambda: kit.ReLU()(x),
         "concat": lambda: kit.Concatenate()(given),
-        "add": lambda: kit.Add()(given),
+        "add": lambda: kit.Add()([x, *(by(each) for each in given[1:])]),
         "mean": lambda: kit.GlobalAveragePooling2D()(x),
         "flatten": lambda: kit.Flatten()(x),
+        "mean_map": lambda: kit.GlobalAveragePooling2D(keepdims=True)(x),
+        "multiply": lambda: kit.Multiply()(given),
+        "relu6": lambda: kit.ReLU(6.0)(x),
+        **{
+            name: lambda function=function: kit.Activation(function)(x)
+            for name, function in (("swish", "silu"), ("hard_swish", "hard_silu"), ("hard_sigmoid", "hard_sigmoid"))
+        },
+        "sigmoid": lambda: kit.Activation("sigmoid")(x),
+        "gelu": lambda: kit.Activation("gelu")(x),
+        "pad": lambda: kit.ZeroPadding2D(options["padding"])(x),
+        "crop": lambda: kit.Cropping2D(((options["above"], 0), (options["left"], 0)))(x),
+        "affine": lambda: kit.Rescaling(options["factor"].tolist(), options["offset"].tolist())(x),
+        "layer_norm": lambda: kit.LayerNormalization(epsilon=1e-6, name=layer.name)(x),
         "dense": lambda: kit.Dense(layer.shape[-1], name=layer.name)(x),
     }
     if layer.kind in simple:
@@ -242,6 +260,7 @@ def _keras_layer(
     if layer.kind == "conv":
         bias = "bias" in weights[layer.name]
         settings = {"strides": options["strides"], "padding": padding, "use_bias": bias, "name": layer.name}
+        settings["groups"] = options.get("groups", 1)
         return kit.Conv2D(layer.shape[-1], options["window"], **settings)(x)
     pool = kit.MaxPooling2D if layer.kind == "max_pool" else kit.AveragePooling2D
     return pool(options["window"], options["strides"], padding)(x)
@@ -333,7 +352,7 @@ class _OnnxWriter:
         if layer.kind == "conv":
             inputs = [x, self.array(np.transpose(own["kernel"], (3, 2, 0, 1)), f"{layer.name}/kernel")]
             inputs += [leaf["bias"]()] if "bias" in own else []
-            return self.node("Conv", inputs, **self.window(layer))
+            return self.node("Conv", inputs, group=layer.options.get("groups", 1), **self.window(layer))
         if layer.kind == "dense":
             return self.node("Gemm", [x, leaf["kernel"](), leaf["bias"]()])
         if layer.kind == "norm":
@@ -351,7 +370,71 @@ class _OnnxWriter:
             return self.node("LRN", [x], **LRN)
         if layer.kind == "concat":
             return self.node("Concat", given, axis=1)
+        if layer.kind in self.of_plans:
+            return getattr(self, f"_{layer.kind}")(layer, given, own)
         return x if layer.kind == "same" else self.node({"relu": "Relu", "add": "Add"}[layer.kind], given)
+
+    of_plans = (
+        *("relu6", "swish", "hard_swish", "hard_sigmoid", "sigmoid", "gelu", "multiply", "mean_map", "pad", "crop"),
+        *("affine", "layer_norm", "add"),
+    )
+
+    def number(self, value: float) -> str:
+        return self.array(np.asarray(value, np.float32))
+
+    def _relu6(self, layer: Layer, given: list[str], own: Any) -> str:
+        return self.node("Clip", [given[0], self.number(0), self.number(6)])
+
+    def _sigmoid(self, layer: Layer, given: list[str], own: Any) -> str:
+        return self.node("Sigmoid", given)
+
+    def _swish(self, layer: Layer, given: list[str], own: Any) -> str:
+        return self.node("Mul", [given[0], self.node("Sigmoid", given)])
+
+    def _hard_sigmoid(self, layer: Layer, given: list[str], own: Any) -> str:
+        return self.node("HardSigmoid", given, alpha=1 / 6, beta=0.5)
+
+    def _hard_swish(self, layer: Layer, given: list[str], own: Any) -> str:
+        return self.node("Mul", [given[0], self._hard_sigmoid(layer, given, own)])
+
+    def _gelu(self, layer: Layer, given: list[str], own: Any) -> str:
+        risen = self.node("Erf", [self.node("Mul", [given[0], self.number(0.5**0.5)])])
+        half = self.node("Mul", [given[0], self.number(0.5)])
+        return self.node("Mul", [half, self.node("Add", [risen, self.number(1)])])
+
+    def _multiply(self, layer: Layer, given: list[str], own: Any) -> str:
+        return self.node("Mul", given)
+
+    def _add(self, layer: Layer, given: list[str], own: Any) -> str:
+        factor = layer.options.get("factor", 1.0)
+        second = given[1] if factor == 1.0 else self.node("Mul", [given[1], self.number(factor)])
+        return self.node("Add", [given[0], second])
+
+    def _mean_map(self, layer: Layer, given: list[str], own: Any) -> str:
+        return self.node("GlobalAveragePool", given)
+
+    def _pad(self, layer: Layer, given: list[str], own: Any) -> str:
+        (top, bottom), (left, right) = layer.options["padding"]
+        return self.node("Pad", [given[0], self.array(np.asarray([0, 0, top, left, 0, 0, bottom, right]))])
+
+    def _crop(self, layer: Layer, given: list[str], own: Any) -> str:
+        starts = np.asarray([layer.options["above"], layer.options["left"]])
+        ends = np.full(2, np.iinfo(np.int64).max)
+        return self.node("Slice", [given[0], *map(self.array, (starts, ends, np.asarray([2, 3])))])
+
+    def _affine(self, layer: Layer, given: list[str], own: Any) -> str:
+        factor, offset = (
+            self.array(np.float32(layer.options[name]).reshape(1, -1, 1, 1)) for name in ("factor", "offset")
+        )
+        return self.node("Add", [self.node("Mul", [given[0], factor]), offset])
+
+    def _layer_norm(self, layer: Layer, given: list[str], own: Any) -> str:
+        leaves = [self.array(own[leaf], f"{layer.name}/{leaf}") for leaf in ("scale", "bias")]
+        if len(layer.shape) == 1:
+            return self.node("LayerNormalization", [given[0], *leaves], axis=-1, epsilon=1e-6)
+        x = self.node("Transpose", given, perm=[0, 2, 3, 1])
+        x = self.node("LayerNormalization", [x, *leaves], axis=-1, epsilon=1e-6)
+        return self.node("Transpose", [x], perm=[0, 3, 1, 2])
 
     def window(self, layer: Layer) -> dict[str, Any]:
         (top, bottom), (left, right) = layer.options["padding"]

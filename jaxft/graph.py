@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxft import kernels
 from jaxft.model import Model
+from jaxft.nets import functional
 from jaxft.nets.common import BatchNorm, Conv, Scale
 
 WEIGHTED = (Conv, BatchNorm, Scale, nn.Dense)
@@ -29,10 +30,13 @@ class Layer:
 
     Attributes:
         kind: input, conv, dense, norm (BatchNorm in inference), scale, relu, max_pool, avg_pool (without padding in
-            the mean), local_response_norm, concat, add, mean (over places), flatten.
+            the mean), local_response_norm, concat, add, mean (over places), flatten; and in the nets that are plans
+            layer_norm, affine (by constants of each channel), a name of `functional.ACTIVATIONS`, multiply, pad, crop,
+            mean_map (over places, which stay as one).
         name: of a layer with weights; else "".
         inputs: places in the list.
-        options: strides, padding and window of convolutions and pools; epsilon of a norm.
+        options: strides, padding and window of convolutions and pools, and groups; epsilon of a norm; what `add`
+            multiplies its second input by.
         shape: of the output without the batch, (height, width, channels) or (width,).
     """
 
@@ -70,6 +74,8 @@ def of(model: Model) -> Graph:
     """
     if model.image_size is None or model.channels is None:
         raise ValueError("the size of the images is not known: give a model that was trained, or set image_size")
+    if isinstance(model.net, functional.Functional):
+        return _of_plan(model.net, model)
     net = model.net.clone(dtype=jnp.float32)
     variables = {
         kind: jax.tree.map(np.asarray, dict(model.variables.get(kind, {}))) for kind in ("params", "batch_stats")
@@ -104,6 +110,80 @@ def of(model: Model) -> Graph:
             why = place.why if isinstance(place, _Unknown) else "an output does not depend on the images"
             raise ValueError(f"this net cannot be exported: {why}")
     return _pruned(Graph(tuple(reader.layers), tuple(found), variables["params"], variables["batch_stats"]))
+
+
+def _of_plan(net: functional.Functional, model: Model) -> Graph:
+    """The graph of a net that describes itself. LayerScale and separable convolutions become simpler layers."""
+    assert model.image_size is not None and model.channels is not None
+    params = {name: {k: np.asarray(v) for k, v in own.items()} for name, own in model.variables["params"].items()}
+    stats = {name: dict(own) for name, own in model.variables.get("batch_stats", {}).items()}
+    size = jax.ShapeDtypeStruct((1, *model.image_size, model.channels), jnp.float32)
+    shapes = jax.eval_shape(net.every_output, jax.tree.map(jnp.asarray, dict(model.variables)), size)
+    layers: list[Layer] = []
+    places: dict[functional.Layer, int] = {}
+
+    def put(kind: str, inputs: tuple[int, ...], shape: tuple[int, ...], name: str = "", **options: Any) -> int:
+        layers.append(Layer(kind, name, inputs, options, shape))
+        return len(layers) - 1
+
+    for layer in net.plan_layers():
+        shape, options = tuple(shapes[net.plan_layers().index(layer)].shape[1:]), layer.options
+        inputs = tuple(places[source] for source in layer.inputs)
+        own = params.get(layer.name, {})
+        if layer.kind == "input":
+            places[layer] = put("input", (), shape)
+        elif layer.kind in functional.CONVOLUTIONS:
+            window = {"window": options["size"], "strides": (options["strides"],) * 2}
+            window["padding"] = _pads(options["padding"], *window.values(), layers[inputs[0]].shape[:2])
+            if layer.kind != "conv2d":
+                kernel = own.pop("depthwise_kernel")
+                own["kernel"] = kernel.reshape(*kernel.shape[:2], 1, -1)
+            groups = own["kernel"].shape[3] if own["kernel"].shape[2] == 1 and layer.inputs[0].width > 1 else 1
+            middle = (*shape[:2], own["kernel"].shape[3])
+            places[layer] = put("conv", inputs, middle, layer.name, groups=groups, **window)
+            if layer.kind == "separable_conv2d":
+                params[f"{layer.name}_pointwise"] = {"kernel": own.pop("pointwise_kernel")}
+                once = {"window": (1, 1), "strides": (1, 1), "padding": ((0, 0), (0, 0)), "groups": 1}
+                places[layer] = put("conv", (places[layer],), shape, f"{layer.name}_pointwise", **once)
+            if options.get("function", "linear") != "linear":
+                places[layer] = put(options["function"], (places[layer],), shape)
+        elif layer.kind == "dense":  # of each pixel
+            own["kernel"] = own["kernel"][None, None]
+            once = {"window": (1, 1), "strides": (1, 1), "padding": ((0, 0), (0, 0)), "groups": 1}
+            places[layer] = put("conv", inputs, shape, layer.name, **once)
+        elif layer.kind == "layer_scale":  # after a dense layer in every net
+            before = params[layer.inputs[0].name]
+            before |= {leaf: value * own["scale"] for leaf, value in before.items()}
+            del params[layer.name]
+            places[layer] = inputs[0]
+        elif layer.kind == "normalization":
+            mean, var = (np.asarray(stats[layer.name].pop(leaf), np.float64) for leaf in ("mean", "var"))
+            rgb = options["factor"] or (1.0, 1.0, 1.0)
+            factor = np.asarray(functional.of_channels(rgb, len(var))) / np.sqrt(var)
+            del stats[layer.name]
+            places[layer] = put("affine", inputs, shape, factor=factor, offset=-mean * factor)
+        elif layer.kind in ("nothing", "dropout"):
+            places[layer] = inputs[0]
+        elif layer.kind == "zero_padding2d":
+            padding = functional.pads(options["size"], layers[inputs[0]].shape[:2])
+            places[layer] = put("pad", inputs, shape, padding=padding)
+        elif layer.kind.endswith("_pooling2d") and "size" in options:
+            window = {"window": options["size"], "strides": options["strides"]}
+            window["padding"] = _pads(options["padding"], *window.values(), layers[inputs[0]].shape[:2])
+            places[layer] = put(f"{layer.kind[:3].replace('ave', 'avg')}_pool", inputs, shape, **window)
+        else:
+            kinds = {
+                **{"batch_normalization": "norm", "layer_normalization": "layer_norm", "concatenate": "concat"},
+                **{"global_average_pooling2d": "mean_map", "cropping2d": "crop"},
+            }
+            kind = options["function"] if layer.kind == "activation" else kinds.get(layer.kind, layer.kind)
+            named = layer.name if layer.kind.endswith("normalization") else ""
+            kept = ("epsilon", "factor", "above", "left")
+            places[layer] = put(kind, inputs, shape, named, **{k: options[k] for k in kept if k in options})
+    at = put("mean", (len(layers) - 1,), layers[-1].shape[-1:])
+    for kind, name, width in net.head_plan():
+        at = put(kind, (at,), (width or layers[at].shape[-1],), name)
+    return _pruned(Graph(tuple(layers), (at,), params, stats))
 
 
 def _marked(module: Any, x: jax.Array, options: dict[str, dict[str, Any]]) -> jax.Array:

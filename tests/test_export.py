@@ -13,7 +13,8 @@ from jaxft import export, graph, model, nets, task
 from jaxft.data.decode import Decode
 
 CLASSES = ("good", "bad & ugly", "käse")
-SMALL = {"vgg16": 32, "resnet50": 32, "googlenet": 32, "densenet121_scale": 32, "inception_v3": 75}
+SMALL = {name: 75 if "ception" in name else 64 for name in list(nets.ZOO)[list(nets.ZOO).index("resnet50v2") :]}
+SMALL |= {"vgg16": 32, "resnet50": 32, "googlenet": 32, "densenet121_scale": 32, "inception_v3": 75}
 
 
 def trained(name, goal=None, side=None, channels=3, **options):
@@ -23,7 +24,7 @@ def trained(name, goal=None, side=None, channels=3, **options):
     rng = np.random.default_rng(0)
 
     def shaken(path, leaf):
-        if path[-1].key == "kernel":
+        if path[-1].key.endswith("kernel"):
             return np.asarray(leaf)
         low, high = (0.7, 1.3) if path[-1].key in ("scale", "var") else (-0.2, 0.2)
         return rng.uniform(low, high, leaf.shape).astype(np.float32)

@@ -29,7 +29,7 @@ def shards(tmp_path):
 def test_shards_are_one_file(shards):
     """Bug: Keras's index of shards is refused, a layer of one shard is lost, or the record names no weights."""
     index, whole = shards
-    assert len(list(index.parent.glob("w_*.weights.h5"))) > 3
+    assert len(list(index.parent.glob("w_*.weights.h5"))) > 2
     loaded, report = port_weights.load("mobilenet", index, num_classes=7, **SMALL)
     expected, _ = port_weights.load("mobilenet", whole, num_classes=7, **SMALL)
     for layer, leaves in expected["params"].items():

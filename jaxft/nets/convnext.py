@@ -91,6 +91,10 @@ class ConvNeXt(Functional):
         """Layer with weights → its Keras class in snake case; those of the head are dense."""
         return super().keras_kinds() | {self.head_norm: "layer_normalization"}
 
+    def head_plan(self) -> list[tuple[str, str, int | None]]:
+        """(kind, name, width) of what follows the pooling, in order: `dense`, `layer_norm` or an activation."""
+        return [("layer_norm", self.head_norm, None), *super().head_plan()]
+
     def _head_stages(self, train: bool) -> list[Stage]:
         stages = super()._head_stages(train)
 

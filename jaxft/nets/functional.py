@@ -249,15 +249,43 @@ class Functional(Net):
         # What comes before the first kernel is computed in float32.
         return fold(stages, images if start is None else images.astype(self.dtype), start)
 
+    def plan_layers(self) -> tuple[Layer, ...]:
+        """The layers of all stages before the head, each after its inputs; the first is the input."""
+        return tuple(layer for layers in _stages(self).values() for layer in layers)
+
+    def head_plan(self) -> list[tuple[str, str, int | None]]:
+        """(kind, name, width) of what follows the pooling, in order: `dense`, `layer_norm` or an activation."""
+        widths, functions = self._head(), self._head_activations()
+        found: list[tuple[str, str, int | None]] = []
+        for name, width in widths.items():
+            found.append(("dense", name, width))
+            found += [(functions.get(name, "relu"), "", None)] if name != list(widths)[-1] else []
+        return found
+
+    def every_output(self, variables: Any, images: jax.Array) -> list[jax.Array]:
+        """The output of each of `plan_layers` in inference, of the shapes that it has without a fused kernel."""
+        return self.apply(variables, images, method=type(self)._every_output)
+
+    @nn.compact
+    def _every_output(self, images: jax.Array) -> list[jax.Array]:
+        values: dict[Layer, jax.Array] = {}
+        for layer in self.plan_layers():
+            inputs = [values[source] for source in layer.inputs] or [images]
+            if layer.kind in (*CONVOLUTIONS, "batch_normalization"):
+                values[layer] = self._normalised(layer, inputs[0])
+            else:
+                values[layer] = self._apply(layer, inputs, False)
+        return list(values.values())
+
     def _head(self) -> dict[str, int]:
         return head_widths(self.hidden, self.last, self.num_classes)
 
-    def _head_activations(self) -> dict[str, Activation]:
-        """Dense layer of the head → the function after it, where that is not ReLU."""
+    def _head_activations(self) -> dict[str, str]:
+        """Dense layer of the head → the key of `ACTIVATIONS` that follows it, where that is not ReLU."""
         return {}
 
     def _head_stages(self, train: bool) -> list[Stage]:
-        functions = self._head_activations()
+        functions = {layer: ACTIVATIONS[function] for layer, function in self._head_activations().items()}
         return head_stages(self._head(), self.dropout, train=train, dtype=self.dtype, functions=functions)
 
     def _weighted(self) -> list[Layer]:
@@ -282,20 +310,33 @@ class Functional(Net):
                 values[layer] = inputs[0]
             elif layer.kind in (*CONVOLUTIONS, "batch_normalization"):
                 normal, relu = _followers(layer, readers, layers[-1])
-                y = self._normalised(layer, inputs[0], normal, relu is not None, train)
+                source = layer.inputs[0]
+                unpadded = source.kind == "zero_padding2d" and _is_padded_convolution(readers[source])
+                y = self._normalised(layer, inputs[0], normal, relu is not None, train, unpadded)
                 values |= dict.fromkeys([layer, normal or layer, relu or layer], y)
             else:
                 values[layer] = self._apply(layer, inputs, train and not still)
         return values[layers[-1]]
 
-    def _normalised(self, layer: Layer, x: jax.Array, normal: Layer | None, relu: bool, train: bool) -> jax.Array:
-        """A convolution with the BatchNorm and the ReLU after it, or a BatchNorm with the ReLU after it."""
+    def _normalised(
+        self,
+        layer: Layer,
+        x: jax.Array,
+        normal: Layer | None = None,
+        relu: bool = False,
+        train: bool = False,
+        unpadded: bool = False,
+    ) -> jax.Array:
+        """A convolution with the BatchNorm and the ReLU after it, or a BatchNorm with the ReLU after it.
+
+        `unpadded`: x is without the zeros that the layer before puts around it.
+        """
         if layer.kind == "batch_normalization":
             return self._norm(layer, train)(x.astype(self.dtype), relu=relu)
         options, norm = layer.options, None if normal is None else self._norm(normal, train)
         padding, (source,) = options["padding"], layer.inputs
-        if source.kind == "zero_padding2d" and padding == "VALID":
-            padding = _pads(source.options["size"], x.shape[1:3])
+        if unpadded:
+            padding = pads(source.options["size"], x.shape[1:3])
         if layer.kind == "conv2d" and options["groups"] == 1:
             fields = {"strides": options["strides"], "padding": padding, "use_bias": options["bias"]}
             conv = Conv(layer.width, options["size"], relu=relu, dtype=self.dtype, name=layer.name, **fields)
@@ -329,7 +370,7 @@ class Functional(Net):
             case "global_average_pooling2d":
                 return x.mean((1, 2), keepdims=True)
             case "zero_padding2d":
-                rows, columns = _pads(options["size"], x.shape[1:3])
+                rows, columns = pads(options["size"], x.shape[1:3])
                 return jnp.pad(x, ((0, 0), rows, columns, (0, 0)))
             case "cropping2d":
                 return x[:, options["above"] :, options["left"] :]
@@ -361,7 +402,7 @@ def _followers(layer: Layer, readers: Mapping[Layer, list[Layer]], last: Layer) 
     return normal, relu
 
 
-def _pads(size: Any, sides: Sequence[int]) -> tuple[tuple[int, int], tuple[int, int]]:
+def pads(size: Any, sides: Sequence[int]) -> tuple[tuple[int, int], tuple[int, int]]:
     """((above, below), (left, right)), of `pad`."""
     if not isinstance(size, int):
         return size
@@ -449,10 +490,12 @@ class _Normalization(nn.Module):
         var = self.variable("batch_stats", "var", jnp.ones, x.shape[-1:]).value
         self.variable("batch_stats", "count", jnp.zeros, ())
         x = (x.astype(jnp.float32) - mean) / jnp.sqrt(jnp.maximum(var, 1e-14))
-        channels, rgb = x.shape[-1], self.factor
-        if not rgb:
-            return x
-        return x * jnp.asarray([sum(rgb) / 3] if channels == 1 else [rgb[i % 3] for i in range(channels)])
+        return x * jnp.asarray(of_channels(self.factor, x.shape[-1])) if self.factor else x
+
+
+def of_channels(rgb: Sequence[float], count: int) -> list[float]:
+    """Constants of red, green and blue for another number of channels, as `jaxft.preprocess` has them."""
+    return [sum(rgb) / 3] if count == 1 else [rgb[i % 3] for i in range(count)]
 
 
 def _stages(net: Functional) -> dict[str, list[Layer]]:

@@ -4,9 +4,8 @@
 from collections.abc import Iterator
 from functools import partial
 
-from jaxft.nets.common import Activation, Spec, WeightFile, head_widths
+from jaxft.nets.common import Spec, WeightFile, head_widths
 from jaxft.nets.functional import (
-    ACTIVATIONS,
     Functional,
     Layer,
     activation,
@@ -160,8 +159,8 @@ class MobileNetV3(Functional):
         """The weighted layers that no ImageNet file fills."""
         return tuple(head_widths(self.hidden, self.last, self.num_classes))
 
-    def _head_activations(self) -> dict[str, Activation]:
-        return {"conv_2": ACTIVATIONS["hard_swish"]}
+    def _head_activations(self) -> dict[str, str]:
+        return {"conv_2": "hard_swish"}
 
 
 def _squeeze(x: Layer, name: str, width: int) -> Layer:
