@@ -126,8 +126,8 @@ def _of_plan(net: functional.Functional, model: Model) -> Graph:
         layers.append(Layer(kind, name, inputs, options, shape))
         return len(layers) - 1
 
-    for layer in net.plan_layers():
-        shape, options = tuple(shapes[net.plan_layers().index(layer)].shape[1:]), layer.options
+    for layer, output in zip(net.plan_layers(), shapes, strict=True):
+        shape, options = tuple(output.shape[1:]), layer.options
         inputs = tuple(places[source] for source in layer.inputs)
         own = params.get(layer.name, {})
         if layer.kind == "input":
@@ -159,7 +159,7 @@ def _of_plan(net: functional.Functional, model: Model) -> Graph:
         elif layer.kind == "normalization":
             mean, var = (np.asarray(stats[layer.name].pop(leaf), np.float64) for leaf in ("mean", "var"))
             rgb = options["factor"] or (1.0, 1.0, 1.0)
-            factor = np.asarray(functional.of_channels(rgb, len(var))) / np.sqrt(var)
+            factor = np.asarray(functional.of_channels(rgb, len(var))) / np.sqrt(np.maximum(var, 1e-14))
             del stats[layer.name]
             places[layer] = put("affine", inputs, shape, factor=factor, offset=-mean * factor)
         elif layer.kind in ("nothing", "dropout"):

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+import thin
 import tiny
 
 from jaxft import model, nets, optim, preprocess, task
@@ -47,7 +48,7 @@ def test_caffe_keeps_the_order_of_more_channels():
     np.testing.assert_allclose(preprocess.adapt(KERNEL, 4, "caffe")[:, :, 0], KERNEL[:, :, 2] * 0.75, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", list(nets.ZOO))
+@pytest.mark.parametrize("name", thin.ZOO)
 @pytest.mark.parametrize("channels", [1, 4])
 def test_every_net_takes_them(name, channels):
     """Bug: one family has its three channels written into its code, or its first kernel is not found."""

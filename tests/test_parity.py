@@ -9,6 +9,7 @@ import keras
 import keras_layouts as write
 import numpy as np
 import pytest
+import thin
 from keras.src.applications.convnext import ConvNeXt  # the public names fix the depths
 from keras.src.applications.densenet import DenseNet
 from keras.src.applications.efficientnet_v2 import EfficientNetV2
@@ -211,10 +212,9 @@ def test_every_stage_and_the_logits_at_the_native_size(tmp_path, name):
 
 
 COUNTED = [name for name in nets.ZOO if not name.startswith("vgg") and name != "googlenet"]
-LATER = list(nets.ZOO)[list(nets.ZOO).index("resnet50v2") :]
 ALIKE = ("resnet101", "resnet152_scale", "densenet169", "densenet201", "densenet161_scale", "densenet169_scale")
 ALIKE += ("inception_v4_gamma", "resnet50_v21")
-ALIKE += tuple(name for name in LATER if name not in ("mobilenet_v2", "mobilenet_v3_small"))
+ALIKE += tuple(name for name in thin.LATER if name not in ("mobilenet_v2", "mobilenet_v3_small"))
 
 
 @pytest.mark.parametrize(
@@ -245,7 +245,7 @@ def test_layers_count_as_keras_counts_them(name):
         assert name_ == (f"{kind}_{number + 1}" if automatic else once), f"{name}, layer {position}"
 
 
-@pytest.mark.parametrize("name", nets.ZOO)
+@pytest.mark.parametrize("name", thin.ZOO)
 def test_the_zoo_states_parameters_and_cost(name, monkeypatch):
     """Bug: a number of the zoo's table is that of a different net, or a net has grown."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # plain convolutions, which are counted
@@ -278,7 +278,8 @@ def multiply_accumulates(jaxpr):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LATER else name for name in keras_nets.APPLICATIONS]
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if name in thin.LATER else name for name in keras_nets.APPLICATIONS],
 )
 def test_parameters_are_as_many_as_keras_counts(name):
     """Bug: a row of the zoo that agrees with our own net and not with Keras's."""

@@ -1,12 +1,15 @@
 """Weight files that people hold: shards, own names, forms of a net that only a detail tells apart."""
 
 import json
+import re
+import shutil
 
 import keras
 import keras_layouts as write
 import numpy as np
 import pytest
 from thin import CLASSES, make
+from thin import options as thin_options
 
 from jaxft import keras_files, nets, port_weights, pretrained
 from jaxft.nets import inception
@@ -15,14 +18,22 @@ from tests.reference import keras_nets
 SMALL = {"alpha": 0.25}
 
 
-@pytest.fixture
-def shards(tmp_path):
-    """(the index of MobileNet in some shards, the same in one file), by Keras."""
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A folder with the index of MobileNet in some shards and the same in one file, by Keras."""
     model = keras.applications.MobileNet(alpha=0.25, weights=None, input_shape=(224, 224, 3), classes=7)
     keras_nets.randomise(model, 0)
-    model.save_weights(tmp_path / "w.weights.json", max_shard_size=3e-4)
-    model.save_weights(tmp_path / "w.weights.h5")
+    folder = tmp_path_factory.mktemp("shards")
+    model.save_weights(folder / "w.weights.json", max_shard_size=3e-4)
+    model.save_weights(folder / "w.weights.h5")
     keras.backend.clear_session()
+    return folder
+
+
+@pytest.fixture
+def shards(written, tmp_path):
+    """(the index, the whole file), for a test to change."""
+    shutil.copytree(written, tmp_path, dirs_exist_ok=True)
     return tmp_path / "w.weights.json", tmp_path / "w.weights.h5"
 
 
@@ -94,6 +105,34 @@ def write_layers(net, variables):
         named = {fields.get(leaf, leaf) if "mean" in leaves else leaf: array for leaf, array in leaves.items()}
         found.append((layer, named))
     return [entry for entry in found if entry[1]]
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v2", "mobilenet_v3_small"])
+def test_the_names_of_older_keras(tmp_path, name):
+    """Bug: the published files, whose layers have the names of the year of their making, are refused."""
+    net, variables, _ = make(name)
+    options = {**thin_options(name)[0]}
+    layers = []
+    for layer, fields in write_layers(net, variables):
+        if name == "mobilenet_v2":
+            old = re.sub(r"^block_(\d+)_(\w+?)(_BN)?$", rename_v2, layer.replace("expanded_conv_", "block_0_"))
+        else:
+            old = re.sub(r"_bn$", "/BatchNorm", layer).replace("squeeze_excite_conv", "squeeze_excite/Conv")
+            old = re.sub(r"^(expanded_conv(_\d+)?)_(?=[a-z])", r"\1/", old)
+            old = old.replace("conv", "Conv", 1) if old.startswith("conv") else old
+            old = {"logits": "Logits"}.get(old, old)
+        layers.append((old, fields))
+    assert sum(old != layer for (old, _), (layer, _) in zip(layers, write_layers(net, variables), strict=True)) > 20
+    path = write.named(tmp_path / "old.h5", layers, write.keras_2, attributes=write.KERAS_2)
+    loaded, _ = port_weights.load(name, path, num_classes=CLASSES, **options)
+    for layer, leaves in variables["params"].items():
+        for leaf, array in leaves.items():
+            np.testing.assert_array_equal(loaded["params"][layer][leaf], array, f"{layer} {leaf}")
+
+
+def rename_v2(found):
+    block, part, norm = found.groups()
+    return f"bn{block}_conv_{block}_bn_{part}" if norm else f"mobl{block}_conv_{block}_{part}"
 
 
 def test_names_of_ones_own(tmp_path):

@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 
 from jaxft import nets
 from jaxft.nets import inception, mobilenet
@@ -15,6 +16,10 @@ DISTINCT = (
     *("resnet50v2", "xception", "inception_resnet_v2", "mobilenet", "mobilenet_v2", "mobilenet_v3_small"),
     *("nasnet_mobile", "efficientnet_b0", "efficientnet_v2_s", "convnext_tiny"),
 )
+# Every net; those that are a deeper or wider copy of another one of a new family, where that takes long, are slow.
+LATER = list(nets.ZOO)[list(nets.ZOO).index("resnet50v2") :]
+COPIES = set(LATER) - set(DISTINCT)
+ZOO = [pytest.param(name, marks=pytest.mark.slow) if name in COPIES else name for name in nets.ZOO]
 SMALL = {
     "xception": ({"middle": 1}, 71),
     "inception_resnet_v2": ({"depths": (1, 1, 2)}, 75),

@@ -203,7 +203,7 @@ def spec_v2(num_params: int, gmac: float, md5: str, notop_md5: str) -> Spec:
         num_params=num_params,
         gmac=gmac,
         weights=_files(f"{stem}{{}}.h5", "_no_top", md5, notop_md5),
-        aliases={"Logits": "predictions"},
+        aliases={"Logits": "predictions", **_older_v2()},
     )
 
 
@@ -221,8 +221,29 @@ def spec_v3(size: str, num_params: int, gmac: float, md5: str, notop_md5: str) -
         num_params=num_params,
         gmac=gmac,
         weights=_files(f"{stem}{{}}.h5", "_no_top_v2", md5, notop_md5),
+        aliases=_older_v3(MobileNetV3(**table)),
         convolved=("conv_2", "logits"),
     )
+
+
+def _older_v2() -> dict[str, str]:
+    """The names that MobileNetV2's layers had in Keras 2.1 → those of today."""
+    aliases = {}
+    for i in range(sum(blocks for _, _, blocks, _ in V2)):
+        block = f"block_{i}" if i else "expanded_conv"
+        for part in ("expand", "depthwise", "project"):
+            aliases[f"mobl{i}_conv_{i}_{part}"] = f"{block}_{part}"
+            aliases[f"bn{i}_conv_{i}_bn_{part}"] = f"{block}_{part}_BN"
+    return aliases
+
+
+def _older_v3(net: MobileNetV3) -> dict[str, str]:
+    """The names that MobileNetV3's layers had in Keras 2, with / for _, → those of today."""
+    aliases = {"Conv_2": "conv_2", "Logits": "logits"}
+    for name in net.keras_kinds():
+        old = f"{name[:-3]}_BatchNorm" if name.endswith("_bn") else name.replace("_excite_conv", "_excite_Conv")
+        aliases[f"C{old[1:]}" if old.startswith("conv") else old] = name
+    return aliases
 
 
 def _files(url: str, suffix: str, md5: str, notop_md5: str) -> dict[str, WeightFile]:
