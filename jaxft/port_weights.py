@@ -158,11 +158,7 @@ def load(
     with read(path) as file:
         ignored = [layer for layer in file.layers if matches(layer, ignore)]
         file = dataclasses.replace(file, layers=tuple(layer for layer in file.layers if layer not in ignored))
-        if low_rank := [layer.name for layer in file.layers if any("lora_" in t.name for t in layer.tensors)]:
-            raise ValueError(
-                f"{path}: {', '.join(low_rank)} keep the matrices of LoRA apart from their kernels; save the model as "
-                ".weights.h5 or .keras, where Keras adds them up"
-            )
+        _refuse_low_rank(file)
         given = _given(names or {}, file, expected)
         file = dataclasses.replace(file, layers=tuple(layer for layer in file.layers if layer not in given.values()))
         cut = any(layer.kind == "dense" for layer in ignored)
@@ -200,6 +196,14 @@ def load(
     # In the net's own order of layers, whatever the file's.
     variables["params"] = {layer: variables["params"][layer] for layer in expected if layer in variables["params"]}
     return variables, report
+
+
+def _refuse_low_rank(file: KerasFile) -> None:
+    if found := [layer.name for layer in file.layers if any("lora_" in tensor.name for tensor in layer.tensors)]:
+        raise ValueError(
+            f"{file.path}: {', '.join(found)} keep the matrices of LoRA apart from their kernels; save the model as "
+            ".weights.h5 or .keras, where Keras adds them up"
+        )
 
 
 def _given(names: Mapping[str, str], file: KerasFile, expected: Shapes) -> dict[str, Layer]:
