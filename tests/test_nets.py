@@ -30,7 +30,6 @@ TRAINED = (
     "resnet50_v02",
     "resnet101_scale",
     "mobilenet_v3_small",
-    "convnext_tiny",
 )
 LATER = ("mobilenet_v2", "xception", "nasnet_mobile")  # with momenta of their own, and separable convolutions
 STATISTICS = quick("resnet50", of=("resnet50", "resnet50_v02", "inception_v3", "inception_v4", "densenet121", *LATER))
