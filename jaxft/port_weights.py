@@ -552,7 +552,7 @@ class Arguments:
     num_classes: int | None = None
     """Width of the last layer, by default that of the published weights; another than the file has makes it fresh."""
     head: str | None = None
-    """fc (VGG alone), gap, or one of them with the widths of hidden layers: gap:WIDTH,…"""
+    """fc (VGG, MobileNetV3), gap, or one of them with the widths of hidden layers: gap:WIDTH,…"""
     auxiliary: bool = True
     """For GoogLeNet: whether it has its two auxiliary heads."""
     ignore: tuple[str, ...] = ()

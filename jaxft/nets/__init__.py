@@ -371,8 +371,8 @@ def fields(name: str) -> tuple[str, ...]:
 def any_size(name: str) -> dict[str, Any]:
     """The options with which the net called `name` takes images of another size than its native one.
 
-    VGG gets global average pooling in place of fc1 and fc2, and GoogLeNet loses its auxiliary heads; the others take
-    any size as they are.
+    VGG gets global average pooling in place of fc1 and fc2, MobileNetV3 goes without conv_2, and GoogLeNet loses its
+    auxiliary heads; the others take any size as they are.
     """
     return {option: False for option in ("fc", "auxiliary") if option in fields(name)}
 
@@ -380,8 +380,8 @@ def any_size(name: str) -> dict[str, Any]:
 def head_options(name: str, word: str) -> dict[str, Any]:
     """The options of the head that a command line calls `fc`, `gap`, `gap:4096,2048` or `fc:256`.
 
-    `fc` keeps the fully connected layers of the weight file, which VGG alone has; `gap` takes global average pooling.
-    The numbers are the widths of hidden layers before the last one.
+    `fc` keeps the dense layers of the weight file before its last one, which VGG and MobileNetV3 have; `gap` leaves them
+    out, after global average pooling. The numbers are the widths of hidden layers before the last one.
 
     Raises:
         ValueError: the word is none of these, or the net has no fc layers.
