@@ -41,7 +41,8 @@ class Start:
         order: kernel ordering of the file: auto, tf, th, th-tf-kernels or tf-th-kernels.
         ignore: patterns of layers of the file that the net has no place for.
         names: the file's name of a layer, then the net's, for names of one's own: my_output predictions.
-        head: gap (global average pooling), gap:256 (and a hidden layer), or fc (the file's dense layers before its last: VGG, MobileNetV3).
+        head: gap (global average pooling), gap:256 (and a hidden layer), or fc (the file's dense layers before its
+            last one, in VGG and MobileNetV3).
         dropout: share of units dropped before the last layer, where the net takes it.
         dtype: of the computation: float32, bfloat16; auto is bfloat16 on a GPU and float32 on a CPU.
     """

@@ -380,8 +380,8 @@ def any_size(name: str) -> dict[str, Any]:
 def head_options(name: str, word: str) -> dict[str, Any]:
     """The options of the head that a command line calls `fc`, `gap`, `gap:4096,2048` or `fc:256`.
 
-    `fc` keeps the dense layers of the weight file before its last one, which VGG and MobileNetV3 have; `gap` leaves them
-    out, after global average pooling. The numbers are the widths of hidden layers before the last one.
+    `fc` keeps the dense layers that the weight file has before its last one, in VGG and MobileNetV3; `gap` takes global
+    average pooling without them. The numbers are the widths of hidden layers before the last one.
 
     Raises:
         ValueError: the word is none of these, or the net has no fc layers.
