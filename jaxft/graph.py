@@ -133,8 +133,7 @@ def _of_plan(net: functional.Functional, model: Model) -> Graph:
         if layer.kind == "input":
             places[layer] = put("input", (), shape)
         elif layer.kind in functional.CONVOLUTIONS:
-            window = {"window": options["size"], "strides": (options["strides"],) * 2}
-            window["padding"] = _pads(options["padding"], *window.values(), layers[inputs[0]].shape[:2])
+            window = _window(options["size"], (options["strides"],) * 2, options["padding"], layers[inputs[0]].shape)
             if layer.kind != "conv2d":
                 kernel = own.pop("depthwise_kernel")
                 own["kernel"] = kernel.reshape(*kernel.shape[:2], 1, -1)
@@ -168,8 +167,7 @@ def _of_plan(net: functional.Functional, model: Model) -> Graph:
             padding = functional.pads(options["size"], layers[inputs[0]].shape[:2])
             places[layer] = put("pad", inputs, shape, padding=padding)
         elif layer.kind.endswith("_pooling2d") and "size" in options:
-            window = {"window": options["size"], "strides": options["strides"]}
-            window["padding"] = _pads(options["padding"], *window.values(), layers[inputs[0]].shape[:2])
+            window = _window(options["size"], options["strides"], options["padding"], layers[inputs[0]].shape)
             places[layer] = put(f"{layer.kind[:3].replace('ave', 'avg')}_pool", inputs, shape, **window)
         else:
             kinds = {
@@ -184,6 +182,10 @@ def _of_plan(net: functional.Functional, model: Model) -> Graph:
     for kind, name, width in net.head_plan():
         at = put(kind, (at,), (width or layers[at].shape[-1],), name)
     return _pruned(Graph(tuple(layers), (at,), params, stats))
+
+
+def _window(size: Any, strides: Any, padding: Any, shape: tuple[int, ...]) -> dict[str, Any]:
+    return {"window": size, "strides": strides, "padding": _pads(padding, size, strides, shape[:2])}
 
 
 def _marked(module: Any, x: jax.Array, options: dict[str, dict[str, Any]]) -> jax.Array:

@@ -264,7 +264,7 @@ class Functional(Net):
 
     def every_output(self, variables: Any, images: jax.Array) -> list[jax.Array]:
         """The output of each of `plan_layers` in inference, of the shapes that it has without a fused kernel."""
-        return self.apply(variables, images, method=type(self)._every_output)
+        return self.apply(variables, images, method=type(self)._every_output)  # type: ignore[return-value]
 
     @nn.compact
     def _every_output(self, images: jax.Array) -> list[jax.Array]:
