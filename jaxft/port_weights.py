@@ -535,6 +535,17 @@ def _fresh(name: str, net: nets.Net, layers: Collection[str], seed: int) -> dict
     return jax.tree.map(np.asarray, init(jax.random.key(seed)))
 
 
+def pairs(words: Sequence[str]) -> dict[str, str]:
+    """The names that a command line gives as my_output=predictions, for `load`.
+
+    Raises:
+        ValueError: a word has not one =.
+    """
+    if wrong := [word for word in words if word.count("=") != 1]:
+        raise ValueError(f"names={wrong[0]!r} is not the file's name of a layer, =, and the net's")
+    return dict(word.split("=") for word in words)
+
+
 @dataclasses.dataclass(frozen=True)
 class Arguments:
     """Port a Keras weight file: print the report, convert, write back."""
@@ -557,8 +568,8 @@ class Arguments:
     """For GoogLeNet: whether it has its two auxiliary heads."""
     ignore: tuple[str, ...] = ()
     """Patterns of names of the file's layers, which are taken to be absent."""
-    names: dict[str, str] = dataclasses.field(default_factory=dict)
-    """The file's name of a layer, then the net's, for layers of one's own names: my_output predictions."""
+    names: tuple[str, ...] = ()
+    """The file's name of a layer and the net's, for layers of one's own names: my_output=predictions."""
 
 
 def main(arguments: Arguments) -> None:
@@ -574,7 +585,7 @@ def main(arguments: Arguments) -> None:
         num_classes=arguments.num_classes or nets.spec(arguments.net).num_classes,
         order=arguments.order,
         ignore=arguments.ignore,
-        names=arguments.names,
+        names=pairs(arguments.names),
         **options,
     )
     print(report)

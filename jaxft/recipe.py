@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxft import masking, memory, nets, optim, settings
+from jaxft import masking, memory, nets, optim, port_weights, settings
 from jaxft import task as tasks
 from jaxft.checks import check_count, check_real
 from jaxft.data import Inputs, augment, folds, mix, order
@@ -40,7 +40,7 @@ class Start:
         weights: auto, imagenet, hed-bsds500 (vgg16), none, or the path of a Keras weight file.
         order: kernel ordering of the file: auto, tf, th, th-tf-kernels or tf-th-kernels.
         ignore: patterns of layers of the file that the net has no place for.
-        names: the file's name of a layer, then the net's, for names of one's own: my_output predictions.
+        names: the file's name of a layer and the net's, for names of one's own: my_output=predictions.
         head: gap (global average pooling), gap:256 (and a hidden layer), or fc (the file's dense layers before its
             last one, in VGG and MobileNetV3).
         dropout: share of units dropped before the last layer, where the net takes it.
@@ -51,7 +51,7 @@ class Start:
     weights: str = "auto"
     order: str = "auto"
     ignore: tuple[str, ...] = ()
-    names: dict[str, str] = dataclasses.field(default_factory=dict)
+    names: tuple[str, ...] = ()
     head: str = "gap"
     dropout: float | None = None
     dtype: str = "auto"
@@ -279,7 +279,8 @@ def model_of(start: Start, num_classes: int, channels: int, seed: int) -> Model:
     if start.dropout is not None:
         many = getattr(nets.create(start.net), "dropout", 0.0)  # GoogLeNet has a rate for each of its heads
         options["dropout"] = (start.dropout,) * len(many) if isinstance(many, tuple) else start.dropout
-    settings = {name: getattr(start, name) for name in ("weights", "order", "dtype", "ignore", "names")}
+    settings = {name: getattr(start, name) for name in ("weights", "order", "dtype", "ignore")}
+    settings["names"] = port_weights.pairs(start.names)
     return load(start.net, num_classes, seed=seed, channels=channels, **settings, **options)
 
 

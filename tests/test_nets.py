@@ -21,7 +21,7 @@ def quick(*names, of=tuple(nets.ZOO)):
 
 
 OLD = DISTINCT[: DISTINCT.index("resnet50v2")]
-EVERY = quick(*OLD, "mobilenet_v3_small", "nasnet_mobile", "efficientnet_v2_s", "convnext_tiny")
+EVERY = quick(*OLD, "mobilenet_v3_small", "efficientnet_v2_s", "convnext_tiny")
 DENSE = ("densenet121", "densenet121_scale")
 TRAINED = (
     "vgg16",

@@ -158,6 +158,14 @@ def test_names_of_ones_own(tmp_path):
             port_weights.load("mobilenet", path, names=names, **options)
 
 
+def test_names_on_a_command_line():
+    """Bug: a word without =, or with two, becomes a mapping of something."""
+    assert port_weights.pairs(("a=b", "c/d=e")) == {"a": "b", "c/d": "e"}
+    for word in ("a", "a=b=c"):
+        with pytest.raises(ValueError, match="is not the file's name of a layer"):
+            port_weights.pairs((word,))
+
+
 def test_a_trained_gamma_of_inception_v4(tmp_path):
     """Bug: a file whose gammas are not all one is refused without a way out, or loses them."""
     table = tuple(inception.v4((1, 1, 1)).items())

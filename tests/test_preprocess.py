@@ -19,5 +19,5 @@ def test_agrees_with_keras(mode):
 @pytest.mark.parametrize("name", ["imagenet", "", None, ["caffe"]])
 def test_unknown_name(name):
     """Bug: a KeyError that does not list what there is."""
-    with pytest.raises(ValueError, match="must be one of caffe, caffe_017, tf, torch, not .*nets.spec"):
+    with pytest.raises(ValueError, match="must be one of caffe, caffe_017, tf, tf_128, torch, unit, not .*nets.spec"):
         preprocess.get(name)

@@ -67,7 +67,7 @@ ZOO: dict[str, Spec] = {
     "inception_v4": inception.spec_v4(
         42_712_937, 12.25, "9fe79d77f793fe874470d84ca6ba4a3b", "9296b46b5971573064d12e4669110969"
     ),
-    "inception_v4_gamma": inception.spec_v4_gamma(42_742_984, 12.25),
+    "inception_v4_gamma": inception.spec_v4_gamma(42_744_521, 12.25),
     "resnet50": resnet.spec(
         (3, 4, 6, 3), 25_636_712, 3.86, "2cb95161c43110f7111970584f804107", "4d473c1dd8becc155b73f8504c6f6626"
     ),
