@@ -254,8 +254,8 @@ def _shards(path: Path) -> list[Path]:
         raise ValueError(f"{path}: weight_map must name files that lie beside it")
     if missing := sorted(name for name in names if not path.with_name(name).is_file()):
         raise ValueError(
-            f"{path} names {len(names)} shards, of which {', '.join(missing[:3])} {'are' if missing[1:] else 'is'} "
-            "not beside it; put them there"
+            f"{path} is an index of shards ({len(names)}), of which {', '.join(missing[:3])} "
+            f"{'are' if missing[1:] else 'is'} not beside it; put them there"
         )
     return [path.with_name(name) for name in sorted(names)]
 

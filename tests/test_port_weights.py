@@ -390,7 +390,7 @@ FOREIGN = {
     ),
     "w.weights.json": (
         holding(json.dumps({"metadata": {}, "weight_map": {"/layers/dense/vars": "w_00000.weights.h5"}}).encode()),
-        "names 1 shards, of which w_00000.weights.h5 is not beside it",
+        "an index of shards .*, of which w_00000.weights.h5 is not beside it",
     ),
     "w.h5.gz": (holding(gzip.compress(b"x")), "compressed with gzip: unpack it first"),
     "login.h5": (holding(b"\n<!DOCTYPE html><html>log in</html>"), "is a web page"),
