@@ -21,10 +21,10 @@ from jax import lax
 
 from benchmarks import flops
 from benchmarks.machine import write_table
-from jaxft.kernels import conv
+from jaxft.kernels import conv, depthwise
 from jaxft.progress import bar
 
-LAYERS = (  # net, side, channels in and out, kernel, stride
+LAYERS = (  # net, side, channels in and out (0: depthwise), kernel, stride
     ("vgg16", 224, 64, 64, (3, 3), 1),
     ("vgg16", 112, 128, 128, (3, 3), 1),
     ("vgg16", 56, 256, 256, (3, 3), 1),
@@ -44,6 +44,11 @@ LAYERS = (  # net, side, channels in and out, kernel, stride
     ("inception_v3", 17, 192, 192, (7, 1), 1),
     ("inception_v3", 8, 448, 384, (3, 3), 1),
     ("densenet121", 28, 128, 32, (3, 3), 1),
+    ("mobilenet_v2", 112, 32, 0, (3, 3), 1),
+    ("mobilenet_v2", 112, 96, 0, (3, 3), 2),
+    ("efficientnet_b0", 28, 240, 0, (5, 5), 1),
+    ("efficientnet_b0", 14, 672, 0, (5, 5), 1),
+    ("convnext_tiny", 56, 96, 0, (7, 7), 1),
 )
 
 
@@ -51,6 +56,8 @@ LAYERS = (  # net, side, channels in and out, kernel, stride
 class Settings:
     """Time convolutions and their gradients."""
 
+    net: tuple[str, ...] = ()
+    """Nets whose layers are timed; all by default."""
     batch_size: int = 16
     """Images."""
     dtype: str = "float32"
@@ -64,6 +71,10 @@ class Settings:
 def xla(x: Any, kernel: Any, strides: int, padding: str) -> Any:
     kernel = kernel.astype(x.dtype)
     return lax.conv_general_dilated(x, kernel, (strides, strides), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def xla_depthwise(x: Any, kernel: Any, strides: int, padding: str) -> Any:
+    return depthwise.grouped(x, kernel, strides, conv.explicit_pads(x, kernel.shape[:2], (strides, strides), padding))
 
 
 def programs(way: Callable[..., Any], stride: int) -> tuple[Callable[..., Any], ...]:
@@ -87,11 +98,13 @@ def seconds(run: Callable[..., Any], arrays: tuple[Any, ...]) -> float:
 
 def main(settings: Settings) -> None:
     rng, rows, dtype = np.random.default_rng(0), [], jnp.dtype(settings.dtype)
-    with bar("convolutions", len(LAYERS), unit="layers") as advance:
-        for net, side, fan_in, fan_out, size, stride in LAYERS:
+    layers = [layer for layer in LAYERS if not settings.net or layer[0] in settings.net]
+    with bar("convolutions", len(layers), unit="layers") as advance:
+        for net, side, fan_in, fan_out, size, stride in layers:
             x = rng.normal(size=(settings.batch_size, side, side, fan_in)).astype(dtype)
-            kernel = rng.normal(size=(*size, fan_in, fan_out)).astype(np.float32)
-            sides = [programs(way, stride) for way in (xla, conv.convolve)]
+            kernel = rng.normal(size=(*size, *((fan_in, fan_out) if fan_out else (1, fan_in)))).astype(np.float32)
+            ways = (xla, conv.convolve) if fan_out else (xla_depthwise, depthwise.convolve_depthwise)
+            sides = [programs(way, stride) for way in ways]
             y = jax.eval_shape(sides[0][0], x, kernel, x)
             arrays = tuple(map(jax.device_put, (x, kernel, rng.normal(size=y.shape).astype(dtype))))
             giga = 2 * y.size * kernel[..., 0].size / 1e9
@@ -100,8 +113,13 @@ def main(settings: Settings) -> None:
                 for run in pair:
                     seconds(run, arrays)  # compiles
                 times = [[seconds(run, arrays) for run in pair] for _ in range(settings.repeats)]
-                cells += [f"{giga / statistics.median(side):.0f}" for side in zip(*times, strict=True)]
-            shape = f"{side}² {fan_in} → {fan_out}, {size[0]}×{size[1]}" + (f" / {stride}" if stride > 1 else "")
+                cells += [
+                    f"{giga / statistics.median(side):{'.0f' if fan_out else '.2f'}}"
+                    for side in zip(*times, strict=True)
+                ]
+            shape = f"{side}² {fan_in} → {fan_out or 'each'}, {size[0]}×{size[1]}" + (
+                f" / {stride}" if stride > 1 else ""
+            )
             rows.append(f"| {net} | {shape} | " + " | ".join(cells) + " |")
             print(rows[-1], flush=True)
             advance(1)
