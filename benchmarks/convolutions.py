@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from jax import lax
 
 from benchmarks import flops
 from benchmarks.machine import write_table
@@ -69,12 +68,7 @@ class Settings:
 
 
 def xla(x: Any, kernel: Any, strides: int, padding: str) -> Any:
-    kernel = kernel.astype(x.dtype)
-    return lax.conv_general_dilated(x, kernel, (strides, strides), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
-
-
-def xla_depthwise(x: Any, kernel: Any, strides: int, padding: str) -> Any:
-    return depthwise.grouped(x, kernel, strides, conv.explicit_pads(x, kernel.shape[:2], (strides, strides), padding))
+    return conv.direct(x, kernel, strides, conv.explicit_pads(x, kernel.shape[:2], (strides, strides), padding))
 
 
 def programs(way: Callable[..., Any], stride: int) -> tuple[Callable[..., Any], ...]:
@@ -103,8 +97,8 @@ def main(settings: Settings) -> None:
         for net, side, fan_in, fan_out, size, stride in layers:
             x = rng.normal(size=(settings.batch_size, side, side, fan_in)).astype(dtype)
             kernel = rng.normal(size=(*size, *((fan_in, fan_out) if fan_out else (1, fan_in)))).astype(np.float32)
-            ways = (xla, conv.convolve) if fan_out else (xla_depthwise, depthwise.convolve_depthwise)
-            sides = [programs(way, stride) for way in ways]
+            ours = conv.convolve if fan_out else depthwise.convolve_depthwise
+            sides = [programs(way, stride) for way in (xla, ours)]
             y = jax.eval_shape(sides[0][0], x, kernel, x)
             arrays = tuple(map(jax.device_put, (x, kernel, rng.normal(size=y.shape).astype(dtype))))
             giga = 2 * y.size * kernel[..., 0].size / 1e9

@@ -380,9 +380,12 @@ def product(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads, finish: Fi
 
 
 def direct(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads, finish: Finish = _same) -> jax.Array:
-    """XLA's own convolution."""
-    layout = ("NHWC", "HWIO", "NHWC")
-    y = lax.conv_general_dilated(x, kernel.astype(x.dtype), (stride, stride), pads, dimension_numbers=layout)
+    """XLA's own convolution, in as many groups as the kernel [h, w, C / groups, D] says."""
+    layout, groups = ("NHWC", "HWIO", "NHWC"), x.shape[-1] // kernel.shape[2]
+    kernel = kernel.astype(x.dtype)
+    y = lax.conv_general_dilated(
+        x, kernel, (stride, stride), pads, dimension_numbers=layout, feature_group_count=groups
+    )
     return finish(y)
 
 
@@ -421,7 +424,7 @@ def _input_gradient(x: jax.Array, dy: jax.Array, kernel: jax.Array, stride: int,
     if way is direct or stride > 1:
         return jax.linear_transpose(lambda x: direct(x, kernel, stride, pads), x)(dy)[0]
     around = tuple((k - 1 - low, k - 1 - high) for k, (low, high) in zip(kernel.shape[:2], pads, strict=True))
-    finish = partial(_finish, factor=None, bias=None, relu=False, dtype=dy.dtype)
+    finish = partial(finished, factor=None, bias=None, relu=False, dtype=dy.dtype)
     if way is wide_output:
         return wide_output(dy, kernel[::-1, ::-1].swapaxes(2, 3), 1, around, finish)
     return minimal_output(dy, kernel, 1, around, finish, turned=True)
@@ -459,11 +462,14 @@ def convolve(
     if not of_cpu() or x.dtype not in (jnp.float32, jnp.bfloat16) or macs < MIN_MACS or padded_product or cropped:
         kernel = kernel if factor is None else kernel * factor
         bias = bias if bias is None else bias.astype(x.dtype)
-        return _finish(direct(x, kernel, strides, pads), None, bias, relu)
+        return finished(direct(x, kernel, strides, pads), None, bias, relu)
     return _conv(x, kernel, factor, bias, relu, strides, pads)
 
 
-def _finish(y: jax.Array, factor: jax.Array | None, bias: jax.Array | None, relu: bool, dtype: Any = None) -> jax.Array:
+def finished(
+    y: jax.Array, factor: jax.Array | None, bias: jax.Array | None, relu: bool, dtype: Any = None
+) -> jax.Array:
+    """y times factor, plus bias, through a ReLU, as that dtype, as far as these are given."""
     y = y if factor is None else y * factor
     y = y if bias is None else y + bias
     y = nn.relu(y) if relu else y
@@ -480,7 +486,7 @@ def _conv(
     stride: int,
     pads: Pads,
 ) -> jax.Array:
-    finish = partial(_finish, factor=factor, bias=bias, relu=relu, dtype=x.dtype)
+    finish = partial(finished, factor=factor, bias=bias, relu=relu, dtype=x.dtype)
     return fastest(x, kernel, stride)(x, kernel, stride, pads, finish)
 
 

@@ -5,16 +5,14 @@ products and sums that the compiler makes one loop of; so is the gradient of the
 """
 
 import functools
-from functools import partial
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jaxft.kernels import of_cpu
-from jaxft.kernels.conv import Pads, explicit_pads, windows
+from jaxft.kernels.conv import Pads, direct, explicit_pads, finished, windows
 
 IMAGES = 16  # that are added up in one loop
 
@@ -34,23 +32,12 @@ def convolve_depthwise(
     """
     pads = explicit_pads(x, kernel.shape[:2], (strides, strides), padding)
     if of_cpu() and min(map(min, pads)) >= 0:
-        y: Any = _depthwise(x, kernel, strides, pads)
-        y = y if bias is None else y + bias
-        return (nn.relu(y) if relu else y).astype(x.dtype)
-    y = grouped(x, kernel, strides, pads)
-    y = y if bias is None else y + bias.astype(y.dtype)
-    return nn.relu(y) if relu else y
+        return finished(_depthwise(x, kernel, strides, pads), None, bias, relu, x.dtype)  # type: ignore[arg-type]
+    bias = bias if bias is None else bias.astype(x.dtype)
+    return finished(direct(x, kernel, strides, pads), None, bias, relu)
 
 
-def grouped(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads) -> jax.Array:
-    """XLA's own convolution."""
-    layout, groups = ("NHWC", "HWIO", "NHWC"), x.shape[-1]
-    return lax.conv_general_dilated(
-        x, kernel.astype(x.dtype), (stride, stride), pads, dimension_numbers=layout, feature_group_count=groups
-    )
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _depthwise(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads) -> jax.Array:
     """float32 [B, H', W', C]."""
     size = kernel.shape[:2]
