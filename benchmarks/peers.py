@@ -116,9 +116,8 @@ def keras_model(job: Job) -> Any:
     model = keras_nets.reference(job.net, job.image_size, classifier=True)
     model.load_weights(job.weights)
     frozen = frozen_layers(job, model)
-    for layer in model.layers:
-        for inner in getattr(layer, "layers", (layer,)):
-            inner.trainable = inner.name not in frozen
+    for layer in keras_nets.flat_layers(model):
+        layer.trainable = layer.name not in frozen
         if isinstance(layer, keras.layers.Dropout):
             layer.rate = 0.0
     return model
@@ -126,13 +125,13 @@ def keras_model(job: Job) -> Any:
 
 def frozen_layers(job: Job, model: Any) -> set[str]:
     """Names of the frozen layers in the Keras model, which numbers the Inceptions' from 0, the job's from 1."""
+    from tests.reference import keras_nets
 
     def name_in_job(name: str) -> str:
         kind, _, number = name.rpartition("_") if name[-1].isdecimal() else (name, "", "0")
         return f"{kind}_{int(number) + 1}" if kind in ("conv2d", "batch_normalization") else name
 
-    layers = [inner for layer in model.layers for inner in (layer, *getattr(layer, "layers", ()))]
-    return {layer.name for layer in layers if name_in_job(layer.name) in job.frozen}
+    return {layer.name for layer in keras_nets.flat_layers(model) if name_in_job(layer.name) in job.frozen}
 
 
 def keras_step(job: Job, facts: dict[str, Any]) -> Step:

@@ -180,36 +180,32 @@ def _dense(layer: Any) -> nn.Module:
     return linear
 
 
-def _conv(layer: Any) -> nn.Module:
-    groups = getattr(layer, "groups", 1)
-    fan_in, fan_out = layer.kernel.shape[2] * groups, layer.kernel.shape[3]
+def _window(layer: Any, kernel: torch.Tensor, groups: int, bias: Any) -> nn.Module:
+    """A convolution with the kernel [h, w, C / groups, D], at the strides and with the padding of the Keras layer."""
     size, strides = layer.kernel_size, layer.strides
     same = layer.padding == "same"
     symmetric = same and strides == (1, 1) and all(k % 2 for k in size)
     padding = tuple(k // 2 for k in size) if symmetric else 0
-    kernel = _array(layer.kernel)
-    if type(layer).__name__ == "DepthwiseConv2D":
-        groups = fan_out = fan_in
-        kernel = kernel.transpose(2, 3)
-    conv = nn.Conv2d(fan_in, fan_out, size, strides, padding, groups=groups, bias=layer.use_bias)
+    fan_in, fan_out = kernel.shape[2] * groups, kernel.shape[3]
+    conv = nn.Conv2d(fan_in, fan_out, size, strides, padding, groups=groups, bias=bias is not None)
     conv.weight.data = kernel.permute(3, 2, 0, 1).contiguous()
-    if layer.use_bias:
-        conv.bias.data = _array(layer.bias)
+    if bias is not None:
+        conv.bias.data = _array(bias)
     return _Same(conv, size, strides, 0.0) if same and not symmetric else conv
 
 
+def _conv(layer: Any) -> nn.Module:
+    return _window(layer, _array(layer.kernel), getattr(layer, "groups", 1), layer.bias if layer.use_bias else None)
+
+
+def _depthwise(layer: Any, kernel: Any) -> nn.Module:
+    return _window(layer, _array(kernel).transpose(2, 3), kernel.shape[2], layer.bias if layer.use_bias else None)
+
+
 def _separable(layer: Any) -> nn.Module:
-    channels = layer.depthwise_kernel.shape[2]
-    size, strides = layer.kernel_size, layer.strides
-    symmetric = layer.padding == "same" and strides == (1, 1)
-    depthwise = nn.Conv2d(
-        channels, channels, size, strides, size[0] // 2 if symmetric else 0, groups=channels, bias=False
-    )
-    depthwise.weight.data = _array(layer.depthwise_kernel).permute(2, 3, 0, 1).contiguous()
-    pointwise = nn.Conv2d(channels, layer.filters, 1, bias=False)
+    pointwise = nn.Conv2d(layer.pointwise_kernel.shape[2], layer.filters, 1, bias=False)
     pointwise.weight.data = _array(layer.pointwise_kernel).permute(3, 2, 0, 1).contiguous()
-    first = _Same(depthwise, size, strides, 0.0) if layer.padding == "same" and not symmetric else depthwise
-    return nn.Sequential(first, pointwise)
+    return nn.Sequential(_depthwise(layer, layer.depthwise_kernel), pointwise)
 
 
 def _layer_norm(layer: Any) -> nn.Module:
@@ -270,8 +266,10 @@ def convert(layer: Any) -> nn.Module:
         NotImplementedError: the layer is of a kind that no net of the zoo uses.
     """
     match type(layer).__name__:
-        case "Conv2D" | "DepthwiseConv2D":
+        case "Conv2D":
             module = _conv(layer)
+        case "DepthwiseConv2D":
+            module = _depthwise(layer, layer.kernel)
         case "SeparableConv2D":
             module = _separable(layer)
         case "Sequential":

@@ -233,10 +233,11 @@ def _keras_layer(
         "relu6": lambda: kit.ReLU(6.0)(x),
         **{
             name: lambda function=function: kit.Activation(function)(x)
-            for name, function in (("swish", "silu"), ("hard_swish", "hard_silu"), ("hard_sigmoid", "hard_sigmoid"))
+            for name, function in (
+                *(("swish", "silu"), ("hard_swish", "hard_silu"), ("hard_sigmoid", "hard_sigmoid")),
+                *(("sigmoid", "sigmoid"), ("gelu", "gelu")),
+            )
         },
-        "sigmoid": lambda: kit.Activation("sigmoid")(x),
-        "gelu": lambda: kit.Activation("gelu")(x),
         "pad": lambda: kit.ZeroPadding2D(options["padding"])(x),
         "crop": lambda: kit.Cropping2D(((options["above"], 0), (options["left"], 0)))(x),
         "affine": lambda: kit.Rescaling(options["factor"].tolist(), options["offset"].tolist())(x),
@@ -372,11 +373,11 @@ class _OnnxWriter:
             return self.node("Concat", given, axis=1)
         if layer.kind in self.of_plans:
             return getattr(self, f"_{layer.kind}")(layer, given, own)
-        return x if layer.kind == "same" else self.node({"relu": "Relu", "add": "Add"}[layer.kind], given)
+        return x if layer.kind == "same" else self.node(self.of_one[layer.kind], given)
 
+    of_one = {"relu": "Relu", "sigmoid": "Sigmoid", "multiply": "Mul", "mean_map": "GlobalAveragePool"}  # node
     of_plans = (
-        *("relu6", "swish", "hard_swish", "hard_sigmoid", "sigmoid", "gelu", "multiply", "mean_map", "pad", "crop"),
-        *("affine", "layer_norm", "add"),
+        *("relu6", "swish", "hard_swish", "hard_sigmoid", "gelu", "pad", "crop", "affine", "layer_norm", "add"),
     )
 
     def number(self, value: float) -> str:
@@ -384,9 +385,6 @@ class _OnnxWriter:
 
     def _relu6(self, layer: Layer, given: list[str], own: Any) -> str:
         return self.node("Clip", [given[0], self.number(0), self.number(6)])
-
-    def _sigmoid(self, layer: Layer, given: list[str], own: Any) -> str:
-        return self.node("Sigmoid", given)
 
     def _swish(self, layer: Layer, given: list[str], own: Any) -> str:
         return self.node("Mul", [given[0], self.node("Sigmoid", given)])
@@ -402,16 +400,10 @@ class _OnnxWriter:
         half = self.node("Mul", [given[0], self.number(0.5)])
         return self.node("Mul", [half, self.node("Add", [risen, self.number(1)])])
 
-    def _multiply(self, layer: Layer, given: list[str], own: Any) -> str:
-        return self.node("Mul", given)
-
     def _add(self, layer: Layer, given: list[str], own: Any) -> str:
         factor = layer.options.get("factor", 1.0)
         second = given[1] if factor == 1.0 else self.node("Mul", [given[1], self.number(factor)])
         return self.node("Add", [given[0], second])
-
-    def _mean_map(self, layer: Layer, given: list[str], own: Any) -> str:
-        return self.node("GlobalAveragePool", given)
 
     def _pad(self, layer: Layer, given: list[str], own: Any) -> str:
         (top, bottom), (left, right) = layer.options["padding"]

@@ -17,10 +17,17 @@ import numpy as np
 from jaxft import kernels
 from jaxft.model import Model
 from jaxft.nets import functional
-from jaxft.nets.common import BatchNorm, Conv, Scale
+from jaxft.nets.common import BatchNorm, Conv, Scale, of_channels
 
 WEIGHTED = (Conv, BatchNorm, Scale, nn.Dense)
 MARK = "layer "  # before the name of a layer, in the name of its part of the program
+# Of plans: Keras's classes → kinds of layers, and the window of a 1×1 convolution.
+POOLS = {"max_pooling2d": "max_pool", "average_pooling2d": "avg_pool"}
+OTHERS = {
+    **{"batch_normalization": "norm", "layer_normalization": "layer_norm", "concatenate": "concat"},
+    **{"global_average_pooling2d": "mean_map", "cropping2d": "crop"},
+}
+POINTWISE = {"window": (1, 1), "strides": (1, 1), "padding": ((0, 0), (0, 0)), "groups": 1}
 NAMED = {"relu": "relu", "local_response_norm": "local_response_norm"}
 
 
@@ -137,19 +144,17 @@ def _of_plan(net: functional.Functional, model: Model) -> Graph:
             if layer.kind != "conv2d":
                 kernel = own.pop("depthwise_kernel")
                 own["kernel"] = kernel.reshape(*kernel.shape[:2], 1, -1)
-            groups = own["kernel"].shape[3] if own["kernel"].shape[2] == 1 and layer.inputs[0].width > 1 else 1
             middle = (*shape[:2], own["kernel"].shape[3])
+            groups = options["groups"] if layer.kind == "conv2d" else middle[2]
             places[layer] = put("conv", inputs, middle, layer.name, groups=groups, **window)
             if layer.kind == "separable_conv2d":
                 params[f"{layer.name}_pointwise"] = {"kernel": own.pop("pointwise_kernel")}
-                once = {"window": (1, 1), "strides": (1, 1), "padding": ((0, 0), (0, 0)), "groups": 1}
-                places[layer] = put("conv", (places[layer],), shape, f"{layer.name}_pointwise", **once)
+                places[layer] = put("conv", (places[layer],), shape, f"{layer.name}_pointwise", **POINTWISE)
             if options.get("function", "linear") != "linear":
                 places[layer] = put(options["function"], (places[layer],), shape)
         elif layer.kind == "dense":  # of each pixel
             own["kernel"] = own["kernel"][None, None]
-            once = {"window": (1, 1), "strides": (1, 1), "padding": ((0, 0), (0, 0)), "groups": 1}
-            places[layer] = put("conv", inputs, shape, layer.name, **once)
+            places[layer] = put("conv", inputs, shape, layer.name, **POINTWISE)
         elif layer.kind == "layer_scale":  # after a dense layer in every net
             before = params[layer.inputs[0].name]
             before |= {leaf: value * own["scale"] for leaf, value in before.items()}
@@ -158,7 +163,7 @@ def _of_plan(net: functional.Functional, model: Model) -> Graph:
         elif layer.kind == "normalization":
             mean, var = (np.asarray(stats[layer.name].pop(leaf), np.float64) for leaf in ("mean", "var"))
             rgb = options["factor"] or (1.0, 1.0, 1.0)
-            factor = np.asarray(functional.of_channels(rgb, len(var))) / np.sqrt(np.maximum(var, 1e-14))
+            factor = np.asarray(of_channels(rgb, len(var))) / np.sqrt(np.maximum(var, 1e-14))
             del stats[layer.name]
             places[layer] = put("affine", inputs, shape, factor=factor, offset=-mean * factor)
         elif layer.kind in ("nothing", "dropout"):
@@ -166,15 +171,11 @@ def _of_plan(net: functional.Functional, model: Model) -> Graph:
         elif layer.kind == "zero_padding2d":
             padding = functional.pads(options["size"], layers[inputs[0]].shape[:2])
             places[layer] = put("pad", inputs, shape, padding=padding)
-        elif layer.kind.endswith("_pooling2d") and "size" in options:
+        elif layer.kind in POOLS:
             window = _window(options["size"], options["strides"], options["padding"], layers[inputs[0]].shape)
-            places[layer] = put(f"{layer.kind[:3].replace('ave', 'avg')}_pool", inputs, shape, **window)
+            places[layer] = put(POOLS[layer.kind], inputs, shape, **window)
         else:
-            kinds = {
-                **{"batch_normalization": "norm", "layer_normalization": "layer_norm", "concatenate": "concat"},
-                **{"global_average_pooling2d": "mean_map", "cropping2d": "crop"},
-            }
-            kind = options["function"] if layer.kind == "activation" else kinds.get(layer.kind, layer.kind)
+            kind = options["function"] if layer.kind == "activation" else OTHERS.get(layer.kind, layer.kind)
             named = layer.name if layer.kind.endswith("normalization") else ""
             kept = ("epsilon", "factor", "above", "left")
             places[layer] = put(kind, inputs, shape, named, **{k: options[k] for k in kept if k in options})

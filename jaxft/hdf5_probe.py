@@ -14,7 +14,6 @@ import signal
 import struct
 import subprocess
 import sys
-import zipfile
 from typing import IO, Any
 
 SECONDS = 15  # of the processor; whole ImageNet files take less than one
@@ -85,10 +84,12 @@ def open_member(path: str | pathlib.Path, member: str) -> IO[bytes]:
     Python's own reader goes back to the start of a member for each seek backwards (before 3.12), of which HDF5 makes
     hundreds: 250 MB took a minute.
     """
+    import zipfile  # which a file without a member needs not
+
     with zipfile.ZipFile(path) as archive:
         info = archive.getinfo(member)
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-            return zipfile.ZipFile(path).open(member)
+            return archive.open(member)  # stays open without the archive
     with open(path, "rb") as file:
         file.seek(info.header_offset)
         header = file.read(30)

@@ -265,14 +265,26 @@ def _merged(shards: Sequence[Path]) -> h5py.File:
     whole = h5py.File(shards[0].name, "w", driver="core", backing_store=False)
     for shard in shards:
         with h5py.File(shard, "r") as file:
+            seen = {_address(file)}
             for key in list(file):
-                _copy(file, whole, str(key))
+                _copy(file, whole, str(key), seen)
     return whole
 
 
-def _copy(source: h5py.Group, target: h5py.Group, key: str) -> None:
-    """A group or array of `source`, into what `target` has of it already."""
+def _address(found: Any) -> int:
+    """Where a group or an array lies in its file."""
+    return h5py.h5o.get_info(found.id).addr  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _copy(source: h5py.Group, target: h5py.Group, key: str, seen: set[int]) -> None:
+    """A group or array of `source`, into what `target` has of it already; `seen` are the places in the file so far.
+
+    Hard links can make 2**40 copies of one array.
+    """
     found = _child(source, key)
+    if _address(found) in seen:
+        raise ValueError(f"{found.name} is a second name of what the shard holds already; weight files have none")
+    seen.add(_address(found))
     if isinstance(found, h5py.Dataset):
         target.create_dataset(key, data=found[()])
         return
@@ -280,7 +292,7 @@ def _copy(source: h5py.Group, target: h5py.Group, key: str) -> None:
     for name, value in found.attrs.items():
         inner.attrs[name] = value
     for child in list(found):
-        _copy(found, inner, str(child))
+        _copy(found, inner, str(child), seen)
 
 
 def _foreign(path: Path) -> str | None:

@@ -59,8 +59,7 @@ def keras_order(net: nets.Net) -> list[str]:
 
 def keras_kinds(name: str, net: nets.Net) -> dict[str, str]:
     """Layer → its Keras class in snake case, for those whose class the shapes of their leaves do not tell."""
-    kinds = dict(net.keras_kinds()) if hasattr(net, "keras_kinds") else {}
-    return kinds | dict.fromkeys(nets.spec(name).convolved, "conv2d")
+    return net.keras_kinds() | dict.fromkeys(nets.spec(name).convolved, "conv2d")
 
 
 def matches(layer: Layer, patterns: Sequence[str]) -> bool:

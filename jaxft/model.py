@@ -17,6 +17,7 @@ from jaxft.checkpoint import Checkpoints
 from jaxft.checks import check_count
 from jaxft.data import Augment, Dataset, Inputs, loader
 from jaxft.data.decode import RGB, Decode
+from jaxft.nets.common import of_channels
 from jaxft.predict import EvalStep, Predictions, evaluate
 from jaxft.pretrained import Weights
 from jaxft.provenance import describe
@@ -274,7 +275,9 @@ def load(
         variables["params"][layer] = {**variables["params"][layer], "kernel": kernel}
         for norm in set(variables["batch_stats"]) - set(variables["params"]):  # of the images themselves
             leaves = variables["batch_stats"][norm]
-            adapted = {leaf: np.asarray(preprocess.of_channels(leaves[leaf], channels)) for leaf in ("mean", "var")}
+            adapted = {
+                leaf: np.array(of_channels(list(leaves[leaf]), channels), np.float32) for leaf in ("mean", "var")
+            }
             variables["batch_stats"][norm] = {**leaves, **adapted}
     return Model(net, variables, weights.preprocessing, name, weights.record())
 

@@ -224,13 +224,13 @@ def _given(names: Mapping[str, str], file: KerasFile, expected: Shapes) -> dict[
 def _require_listed(name: str, file: KerasFile) -> None:
     """Refuses a file that lists layers of another form of the net, which no weight tells apart."""
     spec, listed = nets.spec(name), {layer.rpartition("/")[2] for layer in file.weightless}
-    if not listed or (listed >= set(spec.holds) and not listed & set(spec.lacks)):
+
+    def fits(row: nets.Spec) -> bool:
+        return listed >= set(row.holds) and not listed & set(row.lacks)
+
+    if not listed or fits(spec):
         return
-    others = [
-        other
-        for other, row in nets.ZOO.items()
-        if (row.holds or row.lacks) and listed >= set(row.holds) and not listed & set(row.lacks)
-    ]
+    others = [other for other, row in nets.ZOO.items() if (row.holds or row.lacks) and fits(row)]
     odd = ", ".join((*(set(spec.holds) - listed), *(listed & set(spec.lacks))))
     raise ValueError(
         f"{file.path} does not fit {name} ({spec.about}), by {odd}, which the file "
@@ -257,10 +257,8 @@ def save(
     head = variables["params"].get(nets.spec(name).head)
     net = nets.create(name, None if head is None else len(head["bias"]), **options)
     expected = expect(name, net)
-    stored = {
-        layer: {**variables["params"].get(layer, {}), **variables.get("batch_stats", {}).get(layer, {})}
-        for layer in expected
-    } | {layer: dict(leaves) for layer, leaves in variables["params"].items() if layer not in expected}
+    params, stats = variables["params"], variables.get("batch_stats", {})
+    stored = {layer: {**params.get(layer, {}), **stats.get(layer, {})} for layer in {**params, **stats}}
     shapes = {layer: {leaf: np.shape(array) for leaf, array in leaves.items()} for layer, leaves in stored.items()}
     if shapes != expected:
         strange = [layer for layer in {**expected, **shapes} if shapes.get(layer) != expected.get(layer)]
@@ -269,7 +267,7 @@ def save(
             + "; ".join(f"{layer} is {shapes.get(layer)}, expected {expected.get(layer)}" for layer in strange[:5])
         )
     kinds = keras_kinds(name, net)
-    models = net.keras_models() if hasattr(net, "keras_models") else {}
+    models = net.keras_models()
     outside = {*nets.spec(name).classifier, *net.head_layers()}
     layers = []
     for layer, leaves in expected.items():
@@ -277,11 +275,9 @@ def save(
         fields = {KERAS_FIELDS[keras_class][leaf]: np.asarray(stored[layer][leaf], np.float32) for leaf in leaves}
         if layer in nets.spec(name).convolved:
             fields["kernel"] = fields["kernel"][None, None]
-        within = [
-            *(["functional"] if nested and layer not in outside else []),
-            *([models[layer]] if layer in models else []),
-        ]
-        layers.append(Written(layer, keras_class, fields, tuple(within)))
+        within = ("functional",) if nested and layer not in outside else ()
+        within += (models[layer],) if layer in models else ()
+        layers.append(Written(layer, keras_class, fields, within))
     write(Path(path).expanduser(), layers)
 
 

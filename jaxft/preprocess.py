@@ -6,21 +6,17 @@ their order, channel i with the constants of red, green or blue by i modulo 3; o
 Source: `keras.applications.imagenet_utils.preprocess_input`, modes of the same names.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxft.nets.common import IMAGENET_STD, of_channels
+
 CAFFE_MEAN_BGR = (103.939, 116.779, 123.68)
 CAFFE_MEAN_BGR_ROUNDED = (103.94, 116.78, 123.68)
 TORCH_MEAN_RGB = (0.485, 0.456, 0.406)
-TORCH_STD_RGB = (0.229, 0.224, 0.225)
-
-
-def of_channels(rgb: Sequence[float] | np.ndarray, count: int) -> jax.Array:
-    """The constants of red, green and blue for another number of channels, float32 [count]."""
-    return jnp.asarray([sum(rgb) / 3] if count == 1 else [rgb[i % 3] for i in range(count)], jnp.float32)
 
 
 def caffe(images: jax.Array) -> jax.Array:
@@ -32,7 +28,7 @@ def _caffe(images: jax.Array, mean_bgr: tuple[float, ...]) -> jax.Array:
     images = images.astype(jnp.float32)
     if images.shape[-1] == 3:
         return images[..., ::-1] - jnp.asarray(mean_bgr)
-    return images - of_channels(mean_bgr[::-1], images.shape[-1])
+    return images - jnp.asarray(of_channels(mean_bgr[::-1], images.shape[-1]), jnp.float32)
 
 
 def caffe_017(images: jax.Array) -> jax.Array:
@@ -60,7 +56,9 @@ def unit(images: jax.Array) -> jax.Array:
 
 def torch(images: jax.Array) -> jax.Array:
     """RGB [..., 3] in 0 to 255, any dtype → float32 RGB, each channel standardised by ImageNet's mean and deviation."""
-    mean, deviation = (of_channels(rgb, images.shape[-1]) for rgb in (TORCH_MEAN_RGB, TORCH_STD_RGB))
+    mean, deviation = (
+        jnp.asarray(of_channels(rgb, images.shape[-1]), jnp.float32) for rgb in (TORCH_MEAN_RGB, IMAGENET_STD)
+    )
     return (images.astype(jnp.float32) / 255.0 - mean) / deviation
 
 

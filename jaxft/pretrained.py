@@ -121,10 +121,9 @@ def resolve(
             f"there is no published Keras file {'with' if classifier else 'without'} classifier for {name}; "
             "give the path of a file, or none"
         )
-    known_hash = f"{'sha256' if len(published.hash) == 64 else 'md5'}:{published.hash}"
     try:
         # Files of two releases share a name, so each net has a folder.
-        path = fetch.from_url(published.url, known_hash, probe=weights == "auto", cache=folder / name)
+        path = fetch.from_url(published.url, published.known_hash, probe=weights == "auto", cache=folder / name)
     except fetch.Unavailable as error:
         if weights != "auto" or name != "vgg16" or classifier:
             raise fetch.Unavailable(f"{error}\n{_instead(name, folder)}") from error

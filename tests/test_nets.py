@@ -31,8 +31,8 @@ TRAINED = (
     "resnet101_scale",
     "mobilenet_v3_small",
 )
-LATER = ("mobilenet_v2", "xception", "nasnet_mobile")  # with momenta of their own, and separable convolutions
-STATISTICS = quick("resnet50", of=("resnet50", "resnet50_v02", "inception_v3", "inception_v4", "densenet121", *LATER))
+MOMENTA = ("mobilenet_v2", "xception", "nasnet_mobile")  # of their own; and separable convolutions
+STATISTICS = quick("resnet50", of=("resnet50", "resnet50_v02", "inception_v3", "inception_v4", "densenet121", *MOMENTA))
 
 
 def train_step(scale=1 / 255.0, start=None):

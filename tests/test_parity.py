@@ -167,8 +167,7 @@ def test_every_stage_at_an_odd_size_from_every_layout(tmp_path, name):
 
 def in_model_order(model):
     """[(name, field → array)] of the layers of a model, weightless ones and those of models in it included."""
-    layers = [inner for layer in model.layers for inner in getattr(layer, "layers", [layer])]
-    return [(layer.name, {w.name: np.asarray(w) for w in layer.weights}) for layer in layers]
+    return [(layer.name, {w.name: np.asarray(w) for w in layer.weights}) for layer in keras_nets.flat_layers(model)]
 
 
 def automatic(name, layers):
@@ -225,7 +224,7 @@ def test_layers_count_as_keras_counts_them(name):
     model = keras_nets.APPLICATIONS.get(name) or keras_nets.REFERENCES[name]
     options = {"weights": None} if name in keras_nets.APPLICATIONS else {}
     keras.backend.clear_session()
-    layers = [inner for layer in model(**options).layers for inner in getattr(layer, "layers", [layer])]
+    layers = keras_nets.flat_layers(model(**options))
     if name.startswith("convnext"):
         layers = [layer for layer in layers if not isinstance(layer, keras.layers.InputLayer)]
         layers.insert(0, None)

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 
+import h5py
 import keras
 import keras_layouts as write
 import numpy as np
@@ -70,6 +71,27 @@ def test_bad_shards(shards, change, message):
     """Bug: a lost shard gives random layers, a name reaches out of the folder, or a traceback."""
     change(shards[0])
     with pytest.raises(ValueError, match=message):
+        port_weights.load("mobilenet", shards[0], num_classes=7, **SMALL)
+
+
+@pytest.mark.parametrize("twice", ["array", "group", "group in itself", "groups, forty deep"])
+def test_shards_with_hard_links(shards, twice):
+    """Bug: one array under 2**40 names is copied as often, or a group that holds itself comes to no end."""
+    with h5py.File(shards[0].with_name("w_00001.weights.h5"), "a") as file:
+        group = file.create_group("layers/x")
+        group["array"] = np.ones(3, np.float32)
+        if twice == "array":
+            group["again"] = group["array"]
+        elif twice == "group":
+            file["layers/y"] = group
+        elif twice == "group in itself":
+            group["self"] = group
+        else:
+            for depth in range(40):
+                outer = file.create_group(f"deep{depth}")
+                outer["one"] = outer["two"] = group
+                group = outer
+    with pytest.raises(ValueError, match="is a second name of what the shard holds already"):
         port_weights.load("mobilenet", shards[0], num_classes=7, **SMALL)
 
 

@@ -27,7 +27,7 @@ from jaxft.nets import (
     xception,
 )
 from jaxft.nets.common import Net, Spec, WeightFile, dtype_name
-from jaxft.nets.functional import LAYER_SCALE, Functional
+from jaxft.nets.functional import LAYER_SCALE
 from jaxft.nets.regions import Regions
 
 __all__ = [
@@ -130,161 +130,59 @@ ZOO: dict[str, Spec] = {
         "large", 88_949_818, 23.78, "11577c9a518f0070763c2b964a382f17", "d81d89dc07e6e56530c4e77faddd61b5"
     ),
     "efficientnet_b0": efficientnet.spec(
-        "b0",
-        1.0,
-        1.0,
-        224,
-        0.2,
-        5_330_571,
-        0.39,
-        ("902e53a9f72be733fc0bcb005b3ebbac", "50bc09e76180e00e4465e1a485ddc09d"),
+        "b0", 5_330_571, 0.39, "902e53a9f72be733fc0bcb005b3ebbac", "50bc09e76180e00e4465e1a485ddc09d"
     ),
     "efficientnet_b1": efficientnet.spec(
-        "b1",
-        1.0,
-        1.1,
-        240,
-        0.2,
-        7_856_239,
-        0.69,
-        ("1d254153d4ab51201f1646940f018540", "74c4e6b3e1f6a1eea24c589628592432"),
+        "b1", 7_856_239, 0.69, "1d254153d4ab51201f1646940f018540", "74c4e6b3e1f6a1eea24c589628592432"
     ),
     "efficientnet_b2": efficientnet.spec(
-        "b2",
-        1.1,
-        1.2,
-        260,
-        0.3,
-        9_177_569,
-        0.99,
-        ("b15cce36ff4dcbd00b6dd88e7857a6ad", "111f8e2ac8aa800a7a99e3239f7bfb39"),
+        "b2", 9_177_569, 0.99, "b15cce36ff4dcbd00b6dd88e7857a6ad", "111f8e2ac8aa800a7a99e3239f7bfb39"
     ),
     "efficientnet_b3": efficientnet.spec(
-        "b3",
-        1.2,
-        1.4,
-        300,
-        0.3,
-        12_320_535,
-        1.83,
-        ("ffd1fdc53d0ce67064dc6a9c7960ede0", "af6d107764bb5b1abb91932881670226"),
+        "b3", 12_320_535, 1.83, "ffd1fdc53d0ce67064dc6a9c7960ede0", "af6d107764bb5b1abb91932881670226"
     ),
     "efficientnet_b4": efficientnet.spec(
-        "b4",
-        1.4,
-        1.8,
-        380,
-        0.4,
-        19_466_823,
-        4.39,
-        ("18c95ad55216b8f92d7e70b3a046e2fc", "ebc24e6d6c33eaebbd558eafbeedf1ba"),
+        "b4", 19_466_823, 4.39, "18c95ad55216b8f92d7e70b3a046e2fc", "ebc24e6d6c33eaebbd558eafbeedf1ba"
     ),
     "efficientnet_b5": efficientnet.spec(
-        "b5",
-        1.6,
-        2.2,
-        456,
-        0.4,
-        30_562_527,
-        10.27,
-        ("ace28f2a6363774853a83a0b21b9421a", "38879255a25d3c92d5e44e04ae6cec6f"),
+        "b5", 30_562_527, 10.27, "ace28f2a6363774853a83a0b21b9421a", "38879255a25d3c92d5e44e04ae6cec6f"
     ),
     "efficientnet_b6": efficientnet.spec(
-        "b6",
-        1.8,
-        2.6,
-        528,
-        0.5,
-        43_265_143,
-        19.07,
-        ("165f6e37dce68623721b423839de8be5", "9ecce42647a20130c1f39a5d4cb75743"),
+        "b6", 43_265_143, 19.07, "165f6e37dce68623721b423839de8be5", "9ecce42647a20130c1f39a5d4cb75743"
     ),
     "efficientnet_b7": efficientnet.spec(
-        "b7",
-        2.0,
-        3.1,
-        600,
-        0.5,
-        66_658_687,
-        37.75,
-        ("8c03f828fec3ef71311cd463b6759d99", "cbcfe4450ddf6f3ad90b1b398090fe4a"),
+        "b7", 66_658_687, 37.75, "8c03f828fec3ef71311cd463b6759d99", "cbcfe4450ddf6f3ad90b1b398090fe4a"
     ),
     "efficientnet_v2_b0": efficientnet.spec_v2(
-        "b0",
-        efficientnet.V2_B,
-        224,
-        7_200_312,
-        0.72,
-        ("21ecbf6da12460d5c40bb2f29ceb2188", "893217f2bb855e2983157299931e43ff"),
-        width=1.0,
-        depth=1.0,
+        "b0", 7_200_312, 0.72, "21ecbf6da12460d5c40bb2f29ceb2188", "893217f2bb855e2983157299931e43ff"
     ),
     "efficientnet_v2_b1": efficientnet.spec_v2(
-        "b1",
-        efficientnet.V2_B,
-        240,
-        8_212_124,
-        1.20,
-        ("069f0534ff22adf035c89e2d9547a9dc", "0e80663031ca32d657f9caa404b6ec37"),
-        width=1.0,
-        depth=1.1,
+        "b1", 8_212_124, 1.20, "069f0534ff22adf035c89e2d9547a9dc", "0e80663031ca32d657f9caa404b6ec37"
     ),
     "efficientnet_v2_b2": efficientnet.spec_v2(
-        "b2",
-        efficientnet.V2_B,
-        260,
-        10_178_374,
-        1.70,
-        ("424e49f28180edbde1e94797771950a7", "1dfe2e7a5d45b6632553a8961ea609eb"),
-        width=1.1,
-        depth=1.2,
+        "b2", 10_178_374, 1.70, "424e49f28180edbde1e94797771950a7", "1dfe2e7a5d45b6632553a8961ea609eb"
     ),
     "efficientnet_v2_b3": efficientnet.spec_v2(
-        "b3",
-        efficientnet.V2_B,
-        300,
-        14_467_622,
-        3.01,
-        ("1f1fc43bd98a6e4fd8fdfd551e02c7a0", "f6abf7b5849ac99a89b50dd3fd532856"),
-        width=1.2,
-        depth=1.4,
+        "b3", 14_467_622, 3.01, "1f1fc43bd98a6e4fd8fdfd551e02c7a0", "f6abf7b5849ac99a89b50dd3fd532856"
     ),
     "efficientnet_v2_s": efficientnet.spec_v2(
-        "-s",
-        efficientnet.V2_S,
-        384,
-        21_612_360,
-        8.37,
-        ("e1d88a8495beba45748fedd0cecbe016", "af0682fb74e8c54910f2d4393339c070"),
+        "s", 21_612_360, 8.37, "e1d88a8495beba45748fedd0cecbe016", "af0682fb74e8c54910f2d4393339c070"
     ),
     "efficientnet_v2_m": efficientnet.spec_v2(
-        "-m",
-        efficientnet.V2_M,
-        480,
-        54_431_388,
-        24.58,
-        ("a3bf6aa3276309f4fc6a34aa114c95cd", "1b8dc055df72dde80d614482840fe342"),
+        "m", 54_431_388, 24.58, "a3bf6aa3276309f4fc6a34aa114c95cd", "1b8dc055df72dde80d614482840fe342"
     ),
     "efficientnet_v2_l": efficientnet.spec_v2(
-        "-l",
-        efficientnet.V2_L,
-        480,
-        119_027_848,
-        56.08,
-        ("27e6d408b53c7ebc868fefa357689935", "b0b66b5c863aef5b46e8608fe1711615"),
+        "l", 119_027_848, 56.08, "27e6d408b53c7ebc868fefa357689935", "b0b66b5c863aef5b46e8608fe1711615"
     ),
     "convnext_tiny": convnext.spec(
         "tiny",
-        (96, 192, 384, 768),
         28_589_128,
         4.46,
         "8ae6e78ce2933352b1ef4008e6dd2f17bc40771563877d156bc6426c7cf503ff",
         "d547c096cabd03329d7be5562c5e14798aa39ed24b474157cef5e85ab9e49ef1",
-        depth=9,
     ),
     "convnext_small": convnext.spec(
         "small",
-        (96, 192, 384, 768),
         50_223_688,
         8.68,
         "ce1277d8f1ee5a0ef0e171469089c18f5233860ceaf9b168049cb9263fd7483c",
@@ -292,7 +190,6 @@ ZOO: dict[str, Spec] = {
     ),
     "convnext_base": convnext.spec(
         "base",
-        (128, 256, 512, 1024),
         88_591_464,
         15.35,
         "52cbb006d3dadd03f6e095a8ca1aca47aecdd75acb4bc74bce1f5c695d0086e6",
@@ -300,7 +197,6 @@ ZOO: dict[str, Spec] = {
     ),
     "convnext_large": convnext.spec(
         "large",
-        (192, 384, 768, 1536),
         197_767_336,
         34.36,
         "070c5ed9ed289581e477741d3b34beffa920db8cf590899d6d2c67fba2a198a6",
@@ -308,7 +204,6 @@ ZOO: dict[str, Spec] = {
     ),
     "convnext_xlarge": convnext.spec(
         "xlarge",
-        (256, 512, 1024, 2048),
         350_196_968,
         60.92,
         "c1f5ccab661354fc3a79a10fa99af82f0fbf10ec65cb894a3ae0815f17a889ee",
@@ -456,7 +351,7 @@ def _from_json(value: Any) -> Any:
     return PARTS[part](**{field: _from_json(entry) for field, entry in values.items()})
 
 
-def init(net: nn.Module, image_size: tuple[int, int], seed: int) -> dict[str, Any]:
+def init(net: Net, image_size: tuple[int, int], seed: int) -> dict[str, Any]:
     """Random variables of a net of the zoo: Glorot-uniform kernels, normalisation and Scale that change nothing.
 
     They have the distribution of those of `net.init`, which takes half a minute to compile for two hundred layers.
@@ -465,7 +360,7 @@ def init(net: nn.Module, image_size: tuple[int, int], seed: int) -> dict[str, An
     leaves = jax.tree_util.tree_leaves_with_path(shapes)
     total = sum(leaf.size for path, leaf in leaves if path[-1].key.endswith("kernel"))
     draws = np.asarray(jax.random.uniform(jax.random.key(seed), (total,), minval=-1.0))
-    used, kinds = 0, net.keras_kinds() if isinstance(net, Functional) else {}
+    used, kinds = 0, net.keras_kinds()
 
     def value(path: Any, leaf: Any) -> np.ndarray:
         nonlocal used

@@ -38,6 +38,11 @@ class WeightFile:
     classifier: bool
     order: str = "tf"
 
+    @property
+    def known_hash(self) -> str:
+        """ "md5:…" or "sha256:…", by the length."""
+        return f"{'sha256' if len(self.hash) == 64 else 'md5'}:{self.hash}"
+
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
@@ -81,11 +86,30 @@ class Spec:
 def published(url: str, md5: str, notop_md5: str, order: str = "tf") -> dict[str, WeightFile]:
     """The files with and without classifier, named as Keras names them: NET_weights_ORDERING.h5 and …_notop.h5."""
     stem = f"{url}_weights_{order}_dim_ordering_{order}_kernels"
+    return weight_files((f"{stem}.h5", md5), (f"{stem}_notop.h5", notop_md5), order)
+
+
+def weight_files(whole: tuple[str, str], notop: tuple[str, str], order: str = "tf") -> dict[str, WeightFile]:
+    """The published files with classifier and without, each as (URL, hash), for a row of the zoo."""
     suffix = "" if order == "tf" else f"-{order}"
     return {
-        f"imagenet{suffix}": WeightFile(f"{stem}.h5", md5, True, order),
-        f"imagenet-notop{suffix}": WeightFile(f"{stem}_notop.h5", notop_md5, False, order),
+        f"imagenet{suffix}": WeightFile(*whole, True, order),
+        f"imagenet-notop{suffix}": WeightFile(*notop, False, order),
     }
+
+
+def rounded(width: float, divisor: int = 8) -> int:
+    """The width as a multiple of `divisor`, at least one of it and no more than a tenth too small."""
+    near = max(divisor, int(width + divisor / 2) // divisor * divisor)
+    return near + divisor if near < 0.9 * width else near
+
+
+IMAGENET_STD = (0.229, 0.224, 0.225)  # of red, green and blue, of images in 0 to 1
+
+
+def of_channels(rgb: Sequence[float], count: int) -> list[float]:
+    """The constants of red, green and blue for another number of channels."""
+    return [sum(rgb) / 3] if count == 1 else [rgb[i % 3] for i in range(count)]
 
 
 def fold(stages: Sequence[Stage], x: jax.Array, start: str | None = None) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -126,6 +150,14 @@ class Net(nn.Module):
         check_fields(self)
         object.__setattr__(self, "dtype", DTYPES[dtype_name(self.dtype)])  # one form, so that equal nets are equal
         super().__post_init__()
+
+    def keras_kinds(self) -> dict[str, str]:
+        """Layer with weights → its Keras class in snake case, where the shapes of the weights may not tell."""
+        return {}
+
+    def keras_models(self) -> dict[str, str]:
+        """Layer → the Keras model inside of the model that holds it, where there is one."""
+        return {}
 
 
 def check_fields(net: Any) -> None:

@@ -6,7 +6,7 @@ from functools import partial
 
 import jax
 
-from jaxft.nets.common import Spec, Stage, WeightFile
+from jaxft.nets.common import Spec, Stage, weight_files
 from jaxft.nets.functional import (
     Functional,
     Layer,
@@ -108,14 +108,22 @@ def _within(layer: Layer, model: str) -> Layer:
     return dataclasses.replace(layer, within=model)
 
 
-def spec(
-    size: str, widths: tuple[int, ...], num_params: int, gmac: float, sha256: str, notop_sha256: str, depth: int = 27
-) -> Spec:
+# Of each size: depths and widths of the stages.
+SIZES = {
+    "tiny": ((3, 3, 9, 3), (96, 192, 384, 768)),
+    "small": ((3, 3, 27, 3), (96, 192, 384, 768)),
+    "base": ((3, 3, 27, 3), (128, 256, 512, 1024)),
+    "large": ((3, 3, 27, 3), (192, 384, 768, 1536)),
+    "xlarge": ((3, 3, 27, 3), (256, 512, 1024, 2048)),
+}
+
+
+def spec(size: str, num_params: int, gmac: float, sha256: str, notop_sha256: str) -> Spec:
     """The zoo's row of a ConvNeXt. Source of URL and hashes: `keras.applications.convnext`."""
-    name = f"convnext_{size}"
+    name, (depths, widths) = f"convnext_{size}", SIZES[size]
     url = f"https://storage.googleapis.com/tensorflow/keras-applications/convnext/{name}"
     return Spec(
-        net=partial(ConvNeXt, name_of_model=name, depths=(3, 3, depth, 3), widths=widths),
+        net=partial(ConvNeXt, name_of_model=name, depths=depths, widths=widths),
         about=f"depthwise 7×7 convolutions and LayerNorm, widths {widths[0]} to {widths[-1]}",
         native_size=(224, 224),
         preprocessing="torch",
@@ -123,8 +131,5 @@ def spec(
         classifier=(f"{name}_head_dense",),
         num_params=num_params,
         gmac=gmac,
-        weights={
-            "imagenet": WeightFile(f"{url}.h5", sha256, True),
-            "imagenet-notop": WeightFile(f"{url}_notop.h5", notop_sha256, False),
-        },
+        weights=weight_files((f"{url}.h5", sha256), (f"{url}_notop.h5", notop_sha256)),
     )

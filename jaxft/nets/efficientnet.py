@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from functools import partial
 
-from jaxft.nets.common import Spec, WeightFile
+from jaxft.nets.common import IMAGENET_STD, Spec, rounded, weight_files
 from jaxft.nets.functional import (
     Functional,
     Layer,
@@ -19,8 +19,6 @@ from jaxft.nets.functional import (
     normalization,
     nothing,
 )
-
-STD_RGB = (0.229, 0.224, 0.225)  # of ImageNet, of images in 0 to 1
 
 # Rows of EfficientNet: kernel, blocks, width, how much wider the inside is, strides of the first block.
 V1 = (
@@ -69,29 +67,23 @@ class EfficientNet(Functional):
 
     def plan(self, x: Layer) -> Iterator[tuple[str, Layer]]:
         """See `Functional`."""
-        factor = [1 / math.sqrt(deviation) for deviation in STD_RGB] if self.rescaled else ()
+        factor = [1 / math.sqrt(deviation) for deviation in IMAGENET_STD] if self.rescaled else ()
         x = normalization(nothing(x, "rescaling"), "normalization", factor)
         x = nothing(x, "rescaling_1") if self.rescaled else x
-        x = norm(conv2d(nothing(x, "stem_conv_pad"), "stem_conv", self._width(32), 3, 2), "stem_bn")
+        x = norm(conv2d(nothing(x, "stem_conv_pad"), "stem_conv", rounded(32 * self.width), 3, 2), "stem_bn")
         x = activation(x, "swish", "stem_activation")
         yield "stem", x
         rows = [
-            (f"block{i}{chr(97 + j)}", size, self._width(width), wider, 1 if j else strides)
+            (f"block{i}{chr(97 + j)}", size, rounded(width * self.width), wider, 1 if j else strides)
             for i, (size, blocks, width, wider, strides) in enumerate(V1, 1)
             for j in range(math.ceil(self.depth * blocks))
         ]
         for number, (block, size, width, wider, strides) in enumerate(rows):
-            y = _inside(x, block, size, wider, strides, "dwconv", 0.99, 0.25, padded=True)
-            y = norm(conv2d(y, f"{block}_project_conv", width), f"{block}_project_bn")
+            y = _inverted(x, block, size, width, wider, strides, "dwconv", 0.99)
             x = _outside(x, y, block, strides, self.drop_path * number / len(rows))
             yield block, x
-        x = norm(conv2d(x, "top_conv", self._width(1280)), "top_bn")
+        x = norm(conv2d(x, "top_conv", rounded(1280 * self.width)), "top_bn")
         yield "top", activation(x, "swish", "top_activation")
-
-    def _width(self, width: float) -> int:
-        wanted = width * self.width
-        near = max(8, int(wanted + 4) // 8 * 8)
-        return near + 8 if near < 0.9 * wanted else near
 
 
 class EfficientNetV2(Functional):
@@ -127,11 +119,10 @@ class EfficientNetV2(Functional):
         for i, (fused, blocks, width, wider, first) in enumerate(self.blocks, 1):
             for j in range(math.ceil(self.depth * blocks)):
                 block, strides = f"block{i}{chr(97 + j)}", 1 if j else first
-                y = self._fused(x, block, self._width(width), wider, strides) if fused else None
-                if y is None:
-                    y = _inside(x, block, 3, wider, strides, "dwconv2", 0.9, 0.25, padded=False)
-                    y = conv2d(y, f"{block}_project_conv", self._width(width))
-                    y = norm(y, f"{block}_project_bn", momentum=0.9)
+                if fused:
+                    y = _fused(x, block, self._width(width), wider, strides)
+                else:
+                    y = _inverted(x, block, 3, self._width(width), wider, strides, "dwconv2", 0.9)
                 x = _outside(x, y, block, strides, self.drop_path * number / total)
                 number += 1
                 yield block, x
@@ -139,41 +130,34 @@ class EfficientNetV2(Functional):
         yield "top", activation(x, "swish", "top_activation")
 
     def _width(self, width: float) -> int:
-        return max(8, int(width * self.width + 4) // 8 * 8)
-
-    def _fused(self, x: Layer, block: str, width: int, wider: int, strides: int) -> Layer:
-        if wider == 1:
-            x = norm(conv2d(x, f"{block}_project_conv", width, 3, strides), f"{block}_project_bn", momentum=0.9)
-            return activation(x, "swish", f"{block}_project_activation")
-        x = norm(conv2d(x, f"{block}_expand_conv", wider * x.width, 3, strides), f"{block}_expand_bn", momentum=0.9)
-        x = activation(x, "swish", f"{block}_expand_activation")
-        return norm(conv2d(x, f"{block}_project_conv", width), f"{block}_project_bn", momentum=0.9)
+        return max(8, int(width * self.width + 4) // 8 * 8)  # which may be more than a tenth too small
 
 
-def _inside(
-    x: Layer,
-    block: str,
-    size: int,
-    wider: int,
-    strides: int,
-    name: str,
-    momentum: float,
-    squeeze: float,
-    *,
-    padded: bool,
+def _fused(x: Layer, block: str, width: int, wider: int, strides: int) -> Layer:
+    if wider == 1:
+        x = norm(conv2d(x, f"{block}_project_conv", width, 3, strides), f"{block}_project_bn", momentum=0.9)
+        return activation(x, "swish", f"{block}_project_activation")
+    x = norm(conv2d(x, f"{block}_expand_conv", wider * x.width, 3, strides), f"{block}_expand_bn", momentum=0.9)
+    x = activation(x, "swish", f"{block}_expand_activation")
+    return norm(conv2d(x, f"{block}_project_conv", width), f"{block}_project_bn", momentum=0.9)
+
+
+def _inverted(
+    x: Layer, block: str, size: int, width: int, wider: int, strides: int, name: str, momentum: float
 ) -> Layer:
-    """A 1×1 convolution to more channels, a depthwise one called `name`, and squeeze-and-excite."""
-    narrow = max(1, int(x.width * squeeze))
+    """1×1 to more channels, a depthwise convolution called `name`, squeeze-and-excite, and 1×1 to `width` channels."""
+    narrow = max(1, int(x.width * 0.25))
     if wider != 1:
         x = norm(conv2d(x, f"{block}_expand_conv", wider * x.width), f"{block}_expand_bn", momentum=momentum)
         x = activation(x, "swish", f"{block}_expand_activation")
-    x = nothing(x, f"{block}_dwconv_pad") if padded and strides == 2 else x
+    x = nothing(x, f"{block}_dwconv_pad") if name == "dwconv" and strides == 2 else x  # in the first version
     x = norm(depthwise(x, f"{block}_{name}", size, strides), f"{block}_bn", momentum=momentum)
     x = activation(x, "swish", f"{block}_activation")
     y = nothing(global_mean(x, f"{block}_se_squeeze"), f"{block}_se_reshape")
     y = conv2d(y, f"{block}_se_reduce", narrow, bias=True, function="swish")
     y = conv2d(y, f"{block}_se_expand", x.width, bias=True, function="sigmoid")
-    return multiply([x, y], f"{block}_se_excite")
+    x = conv2d(multiply([x, y], f"{block}_se_excite"), f"{block}_project_conv", width)
+    return norm(x, f"{block}_project_bn", momentum=momentum)
 
 
 def _outside(x: Layer, y: Layer, block: str, strides: int, rate: float) -> Layer:
@@ -183,62 +167,51 @@ def _outside(x: Layer, y: Layer, block: str, strides: int, rate: float) -> Layer
     return add([drop(y, f"{block}_drop", rate) if rate else y, x], f"{block}_add")
 
 
-def spec(
-    name: str,
-    width: float,
-    depth: float,
-    size: int,
-    dropout: float,
-    num_params: int,
-    gmac: float,
-    hashes: tuple[str, str],
-) -> Spec:
+# Of each EfficientNet: width, depth, side of the images, dropout.
+SIZES = {
+    **{"b0": (1.0, 1.0, 224, 0.2), "b1": (1.0, 1.1, 240, 0.2), "b2": (1.1, 1.2, 260, 0.3), "b3": (1.2, 1.4, 300, 0.3)},
+    **{"b4": (1.4, 1.8, 380, 0.4), "b5": (1.6, 2.2, 456, 0.4), "b6": (1.8, 2.6, 528, 0.5), "b7": (2.0, 3.1, 600, 0.5)},
+}
+# Of each EfficientNetV2: its blocks, width of the stem, width, depth, side of the images.
+SIZES_V2 = {
+    **{"b0": (V2_B, 32, 1.0, 1.0, 224), "b1": (V2_B, 32, 1.0, 1.1, 240), "b2": (V2_B, 32, 1.1, 1.2, 260)},
+    **{"b3": (V2_B, 32, 1.2, 1.4, 300), "s": (V2_S, 24, 1.0, 1.0, 384), "m": (V2_M, 24, 1.0, 1.0, 480)},
+    "l": (V2_L, 32, 1.0, 1.0, 480),
+}
+
+
+def spec(size: str, num_params: int, gmac: float, md5: str, notop_md5: str) -> Spec:
     """The zoo's row of an EfficientNet. Source of URL and hashes: `keras.applications.efficientnet`."""
+    width, depth, side, dropout = SIZES[size]
+    url = f"https://storage.googleapis.com/keras-applications/efficientnet{size}"
     return Spec(
         net=partial(EfficientNet, width=width, depth=depth, dropout=dropout),
         about=f"inverted blocks with squeeze-and-excite, widths ×{width}, depths ×{depth}; normalises images itself",
-        native_size=(size, size),
+        native_size=(side, side),
         preprocessing="unit",
         head="predictions",
         classifier=("predictions",),
         num_params=num_params,
         gmac=gmac,
-        weights=_files(f"https://storage.googleapis.com/keras-applications/efficientnet{name}", hashes),
+        weights=weight_files((f"{url}.h5", md5), (f"{url}_notop.h5", notop_md5)),
     )
 
 
-def spec_v2(
-    name: str,
-    blocks: tuple,
-    size: int,
-    num_params: int,
-    gmac: float,
-    hashes: tuple[str, str],
-    *,
-    width: float = 1.0,
-    depth: float = 1.0,
-) -> Spec:
+def spec_v2(size: str, num_params: int, gmac: float, md5: str, notop_md5: str) -> Spec:
     """The zoo's row of an EfficientNetV2. Source of URL and hashes: `keras.applications.efficientnet_v2`."""
-    url = f"https://storage.googleapis.com/tensorflow/keras-applications/efficientnet_v2/efficientnetv2{name}"
+    blocks, stem_width, width, depth, side = SIZES_V2[size]
     small = blocks is V2_B
-    stem = {V2_B: 32, V2_S: 24, V2_M: 24, V2_L: 32}[blocks]
-    grown = {"width": width, "depth": depth} if small else {}
-    grown_by = f"widths ×{width}, depths ×{depth}" if small else name.strip("-").upper()
+    url = "https://storage.googleapis.com/tensorflow/keras-applications/efficientnet_v2/efficientnetv2"
+    url += size if small else f"-{size}"
+    fields = {"blocks": blocks, "stem_width": stem_width, "width": width, "depth": depth, "normalised": small}
     return Spec(
-        net=partial(EfficientNetV2, blocks=blocks, stem_width=stem, normalised=small, **grown),
-        about=f"fused and inverted blocks, {grown_by}",
-        native_size=(size, size),
+        net=partial(EfficientNetV2, **fields),
+        about=f"fused and inverted blocks, {f'widths ×{width}, depths ×{depth}' if small else size.upper()}",
+        native_size=(side, side),
         preprocessing="torch" if small else "tf_128",
         head="predictions",
         classifier=("predictions",),
         num_params=num_params,
         gmac=gmac,
-        weights=_files(url, hashes),
+        weights=weight_files((f"{url}.h5", md5), (f"{url}_notop.h5", notop_md5)),
     )
-
-
-def _files(url: str, hashes: tuple[str, str]) -> dict[str, WeightFile]:
-    return {
-        "imagenet": WeightFile(f"{url}.h5", hashes[0], True),
-        "imagenet-notop": WeightFile(f"{url}_notop.h5", hashes[1], False),
-    }

@@ -30,6 +30,7 @@ from jaxft.nets.common import (
     head_stages,
     head_table,
     head_widths,
+    of_channels,
 )
 
 
@@ -163,10 +164,10 @@ def drop(x: Layer, name: str, rate: float) -> Layer:
 
 ACTIVATIONS: dict[str, Activation] = {
     "relu": nn.relu,
-    "relu6": lambda x: jnp.clip(x, 0, 6),
+    "relu6": nn.relu6,
     "swish": nn.silu,
-    "hard_swish": lambda x: x * jnp.clip(x + 3, 0, 6) * (1 / 6),
-    "hard_sigmoid": lambda x: jnp.clip(x + 3, 0, 6) * (1 / 6),
+    "hard_swish": nn.hard_swish,
+    "hard_sigmoid": nn.hard_sigmoid,
     "sigmoid": nn.sigmoid,
     "gelu": partial(nn.gelu, approximate=False),
     "linear": lambda x: x,
@@ -174,8 +175,8 @@ ACTIVATIONS: dict[str, Activation] = {
 
 CONVOLUTIONS = ("conv2d", "depthwise_conv2d", "separable_conv2d")
 LAYER_SCALE = 1e-6  # what Keras starts gamma at
-# The last has nothing to train.
-WEIGHTED = (*CONVOLUTIONS, "batch_normalization", "layer_normalization", "dense", "layer_scale", "normalization")
+TRAINED = (*CONVOLUTIONS, "batch_normalization", "layer_normalization", "dense", "layer_scale")
+WEIGHTED = (*TRAINED, "normalization")
 
 
 class Functional(Net):
@@ -289,7 +290,7 @@ class Functional(Net):
         return head_stages(self._head(), self.dropout, train=train, dtype=self.dtype, functions=functions)
 
     def _weighted(self) -> list[Layer]:
-        return [layer for layers in _stages(self).values() for layer in layers if layer.kind in WEIGHTED]
+        return [layer for layer in self.plan_layers() if layer.kind in WEIGHTED]
 
     def _run(
         self,
@@ -300,7 +301,7 @@ class Functional(Net):
         train: bool,
     ) -> jax.Array:
         """A stage. A convolution takes along what only it reads or is read by: zeros around, BatchNorm, ReLU."""
-        still = {layer.name for layer in layers if layer.kind in WEIGHTED[:-1]} <= self.frozen
+        still = {layer.name for layer in layers if layer.kind in TRAINED} <= self.frozen
         values: dict[Layer | None, jax.Array] = {before: x}
         for layer in layers:
             if layer in values:
@@ -491,11 +492,6 @@ class _Normalization(nn.Module):
         self.variable("batch_stats", "count", jnp.zeros, ())
         x = (x.astype(jnp.float32) - mean) / jnp.sqrt(jnp.maximum(var, 1e-14))
         return x * jnp.asarray(of_channels(self.factor, x.shape[-1])) if self.factor else x
-
-
-def of_channels(rgb: Sequence[float], count: int) -> list[float]:
-    """Constants of red, green and blue for another number of channels, as `jaxft.preprocess` has them."""
-    return [sum(rgb) / 3] if count == 1 else [rgb[i % 3] for i in range(count)]
 
 
 def _stages(net: Functional) -> dict[str, list[Layer]]:

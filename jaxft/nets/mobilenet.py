@@ -4,7 +4,7 @@
 from collections.abc import Iterator
 from functools import partial
 
-from jaxft.nets.common import Spec, WeightFile, head_widths
+from jaxft.nets.common import Spec, head_widths, rounded, weight_files
 from jaxft.nets.functional import (
     Functional,
     Layer,
@@ -20,12 +20,6 @@ from jaxft.nets.functional import (
 )
 
 URL = "https://storage.googleapis.com/tensorflow/keras-applications"
-
-
-def rounded(width: float, divisor: int = 8) -> int:
-    """The width as a multiple of `divisor`, at least one of it and no more than a tenth too small."""
-    near = max(divisor, int(width + divisor / 2) // divisor * divisor)
-    return near + divisor if near < 0.9 * width else near
 
 
 class MobileNet(Functional):
@@ -176,6 +170,7 @@ def spec(num_params: int, gmac: float, md5: str, notop_md5: str) -> Spec:
 
     The hashes are those of a public mirror, whose others agree with Keras's.
     """
+    stem = f"{URL}/mobilenet/mobilenet_1_0_224_tf"
     return Spec(
         net=MobileNet,
         about="depthwise and 1×1 convolutions, 28 layers",
@@ -185,7 +180,7 @@ def spec(num_params: int, gmac: float, md5: str, notop_md5: str) -> Spec:
         classifier=("conv_preds",),
         num_params=num_params,
         gmac=gmac,
-        weights=_files(f"{URL}/mobilenet/mobilenet_1_0_224_tf{{}}.h5", "_no_top", md5, notop_md5),
+        weights=weight_files((f"{stem}.h5", md5), (f"{stem}_no_top.h5", notop_md5)),
         convolved=("conv_preds",),
     )
 
@@ -202,7 +197,7 @@ def spec_v2(num_params: int, gmac: float, md5: str, notop_md5: str) -> Spec:
         classifier=("predictions",),
         num_params=num_params,
         gmac=gmac,
-        weights=_files(f"{stem}{{}}.h5", "_no_top", md5, notop_md5),
+        weights=weight_files((f"{stem}.h5", md5), (f"{stem}_no_top.h5", notop_md5)),
         aliases={"Logits": "predictions", **_older_v2()},
     )
 
@@ -220,7 +215,7 @@ def spec_v3(size: str, num_params: int, gmac: float, md5: str, notop_md5: str) -
         classifier=("conv_2", "logits"),
         num_params=num_params,
         gmac=gmac,
-        weights=_files(f"{stem}{{}}.h5", "_no_top_v2", md5, notop_md5),
+        weights=weight_files((f"{stem}.h5", md5), (f"{stem}_no_top_v2.h5", notop_md5)),
         aliases=_older_v3(MobileNetV3(**table)),
         convolved=("conv_2", "logits"),
     )
@@ -244,10 +239,3 @@ def _older_v3(net: MobileNetV3) -> dict[str, str]:
         old = f"{name[:-3]}_BatchNorm" if name.endswith("_bn") else name.replace("_excite_conv", "_excite_Conv")
         aliases[f"C{old[1:]}" if old.startswith("conv") else old] = name
     return aliases
-
-
-def _files(url: str, suffix: str, md5: str, notop_md5: str) -> dict[str, WeightFile]:
-    return {
-        "imagenet": WeightFile(url.format(""), md5, True),
-        "imagenet-notop": WeightFile(url.format(suffix), notop_md5, False),
-    }

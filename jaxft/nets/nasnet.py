@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from functools import partial
 
-from jaxft.nets.common import Spec, WeightFile
+from jaxft.nets.common import Spec, weight_files
 from jaxft.nets.functional import (
     Functional,
     Layer,
@@ -47,21 +47,15 @@ class NASNet(Functional):
         x = _norm(conv2d(x, "stem_conv1", self.stem_width, 3, 2, "VALID"), "stem_bn1")
         yield "stem", x
         n = self.depth
-        halved = {x: 0}  # cell → how often its map is half as large as that of the stem
-        before, x = x, _reduction(x, x, 0, self.filters // 4, "stem_1")
-        halved[x] = 1
-        before, x = x, _reduction(x, before, 1, self.filters // 2, "stem_2")
-        halved[x] = 2
+        before, x = x, _reduction(x, x, self.filters // 4, "stem_1")
+        before, x = x, _reduction(x, before, self.filters // 2, "stem_2", reduced=True)
         for part in range(3):
             width = self.filters * 2**part
             if part:
-                last, reduced = x, _reduction(x, before, halved[x] - halved[before], width, f"reduce_{n * part}")
-                halved[reduced] = halved[x] + 1
-                x, before = reduced, before if self.skip_reduction else last
+                last, x = x, _reduction(x, before, width, f"reduce_{n * part}")
+                before = before if self.skip_reduction else last
             for i in range(n):
-                name = str(n * part + i + (part > 0))
-                cell = _normal(x, before, halved[x] - halved[before], width, name)
-                halved[cell] = halved[x]
+                cell = _normal(x, before, width, str(n * part + i + (part > 0)), reduced=i == 0)
                 before, x = x, cell
         yield "cells", activation(x, "relu")
 
@@ -70,11 +64,14 @@ def _norm(x: Layer, name: str) -> Layer:
     return norm(x, name, momentum=MOMENTUM)
 
 
-def _adjusted(p: Layer, x: Layer, halvings: int, width: int, name: str) -> Layer:
-    """The output of the cell before the last one, at the size of the last one's and `width` channels wide."""
+def _adjusted(p: Layer, x: Layer, width: int, name: str, reduced: bool) -> Layer:
+    """The output of the cell before the last one, at the size of the last one's and `width` channels wide.
+
+    `reduced`: the last one, x, is a reduction, and halved its map.
+    """
     if p is x:
         return p
-    if halvings:
+    if reduced:
         p = activation(p, "relu", f"adjust_relu_1_{name}")
         one = pool(p, "average", 1, 2, name=f"adjust_avg_pool_1_{name}")
         one = conv2d(one, f"adjust_conv_1_{name}", width // 2)
@@ -95,8 +92,8 @@ def _separable(x: Layer, width: int, size: int, name: str, strides: int = 1) -> 
     return _norm(separable(x, f"separable_conv_2_{name}", width, size), f"separable_conv_2_bn_{name}")
 
 
-def _normal(x: Layer, before: Layer, halvings: int, width: int, name: str) -> Layer:
-    p = _adjusted(before, x, halvings, width, name)
+def _normal(x: Layer, before: Layer, width: int, name: str, *, reduced: bool) -> Layer:
+    p = _adjusted(before, x, width, name, reduced)
     h = _norm(conv2d(activation(x, "relu"), f"normal_conv_1_{name}", width), f"normal_bn_1_{name}")
 
     def mean(x: Layer, side: str) -> Layer:
@@ -110,8 +107,8 @@ def _normal(x: Layer, before: Layer, halvings: int, width: int, name: str) -> La
     return concatenate([p, *sums], f"normal_concat_{name}")
 
 
-def _reduction(x: Layer, before: Layer, halvings: int, width: int, name: str) -> Layer:
-    p = _adjusted(before, x, halvings, width, name)
+def _reduction(x: Layer, before: Layer, width: int, name: str, *, reduced: bool = False) -> Layer:
+    p = _adjusted(before, x, width, name, reduced)
     h = _norm(conv2d(activation(x, "relu"), f"reduction_conv_1_{name}", width), f"reduction_bn_1_{name}")
     padded = pad(h, 3, f"reduction_pad_1_{name}")
 
@@ -143,8 +140,5 @@ def spec(size: str, num_params: int, gmac: float, md5: str, notop_md5: str) -> S
         classifier=("predictions",),
         num_params=num_params,
         gmac=gmac,
-        weights={
-            "imagenet": WeightFile(f"{url}.h5", md5, True),
-            "imagenet-notop": WeightFile(f"{url}-no-top.h5", notop_md5, False),
-        },
+        weights=weight_files((f"{url}.h5", md5), (f"{url}-no-top.h5", notop_md5)),
     )

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -217,13 +218,10 @@ def spec(depths: tuple[int, ...], num_params: int, gmac: float, md5: str, notop_
 def spec_v02(num_params: int, gmac: float, tf: tuple[str, str], th: tuple[str, str]) -> Spec:
     """The zoo's row of ResNet-50 of fchollet/deep-learning-models, release v0.2, the source of URL and hashes."""
     url = "https://github.com/fchollet/deep-learning-models/releases/download/v0.2/resnet50"
-    return Spec(
-        net=partial(ResNet, depths=(3, 4, 6, 3), variant="v02"),
+    return _spec_letters(
+        (3, 4, 6, 3),
+        "v02",
         about="50 layers, release v0.2: pool1 not padded (55×55), BatchNorm ε 1e-3",
-        native_size=(224, 224),
-        preprocessing="caffe",
-        head="fc1000",
-        classifier=("fc1000",),
         num_params=num_params,
         gmac=gmac,
         weights=published(url, *tf) | published(url, *th, order="th"),
@@ -233,28 +231,23 @@ def spec_v02(num_params: int, gmac: float, tf: tuple[str, str], th: tuple[str, s
 
 def spec_v21(num_params: int, gmac: float) -> Spec:
     """The zoo's row of ResNet-50 of Keras 2.1 and 2.2: give the path of a file that they trained."""
-    return Spec(
-        net=partial(ResNet, depths=(3, 4, 6, 3), variant="v21"),
-        about="50 layers, Keras 2.1 to 2.2: as v0.2, and pool1 padded (56×56)",
-        native_size=(224, 224),
-        preprocessing="caffe",
-        head="fc1000",
-        classifier=("fc1000",),
-        num_params=num_params,
-        gmac=gmac,
-        holds=("pool1_pad",),
-    )
+    about = "50 layers, Keras 2.1 to 2.2: as v0.2, and pool1 padded (56×56)"
+    return _spec_letters((3, 4, 6, 3), "v21", about=about, num_params=num_params, gmac=gmac, holds=("pool1_pad",))
 
 
 def spec_scale(depths: tuple[int, ...], num_params: int, gmac: float) -> Spec:
     """The zoo's row of a ResNet with Scale layers; its files have no official address, so give their path."""
+    about = f"{3 * sum(depths) + 2} layers, from Caffe: BatchNorm ε 1.1e-5 and a Scale layer, no bias"
+    return _spec_letters(depths, "scale", about=about, num_params=num_params, gmac=gmac)
+
+
+def _spec_letters(depths: tuple[int, ...], variant: str, **row: Any) -> Spec:
+    """The row of a form whose layers have the names of the authors' Caffe model."""
     return Spec(
-        net=partial(ResNet, depths=depths, variant="scale"),
-        about=f"{3 * sum(depths) + 2} layers, from Caffe: BatchNorm ε 1.1e-5 and a Scale layer, no bias",
+        net=partial(ResNet, depths=depths, variant=variant),
         native_size=(224, 224),
         preprocessing="caffe",
         head="fc1000",
         classifier=("fc1000",),
-        num_params=num_params,
-        gmac=gmac,
+        **row,
     )

@@ -11,13 +11,13 @@ import re
 import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
+from unittest import mock
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
 import jax
 import keras
 import numpy as np
-import pytest
 
 from jaxft import nets, preprocess
 from tests.reference import densenet_scale, googlenet, inception_v3_v02, inception_v4, resnet_scale, resnet_v02
@@ -27,11 +27,11 @@ def _published(application: Callable[..., keras.Model]) -> Callable[..., keras.M
     """EfficientNet as Keras makes it for its ImageNet files, with one layer more than for none; from random weights."""
 
     def build(**arguments: Any) -> keras.Model:
-        with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        with tempfile.TemporaryDirectory() as folder:
             file = pathlib.Path(folder) / "w.weights.h5"
             application(**arguments).save_weights(file)
-            patch.setattr("keras.src.utils.file_utils.get_file", lambda *_, **__: str(file))
-            return application(**arguments | {"weights": "imagenet"})
+            with mock.patch("keras.src.utils.file_utils.get_file", lambda *_, **__: str(file)):
+                return application(**arguments | {"weights": "imagenet"})
 
     return build
 
@@ -159,6 +159,11 @@ def stage_outputs(name: str, model: keras.Model, net: Any) -> dict[str, Any]:
         last = np.cumsum([len(layers) for layers in table.values()]) - 1
         ends = {stage: model.layers[i].name for stage, i in zip(table, last, strict=True)}
     return {stage: model.get_layer(end).output if isinstance(end, str) else end for stage, end in ends.items()}
+
+
+def flat_layers(model: keras.Model) -> list[keras.Layer]:
+    """The layers of a model, those of models in it in their place."""
+    return [inner for layer in model.layers for inner in getattr(layer, "layers", (layer,))]
 
 
 def images_of(size: tuple[int, int], n: int = 2) -> np.ndarray:
