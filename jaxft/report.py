@@ -138,7 +138,7 @@ def learning_curves(path: pathlib.Path, history: Sequence[Mapping[str, Any]], ta
                 axes.axvline((before["epoch"] + after["epoch"]) / 2, color="grey", linestyle=":", linewidth=1)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.17), frameon=False)
-    _save(path, figure)
+    save(path, figure)
 
 
 def confusion_matrix(path: pathlib.Path, predictions: Predictions, classes: Sequence[str]) -> None:
@@ -169,7 +169,7 @@ def confusion_matrix(path: pathlib.Path, predictions: Predictions, classes: Sequ
     axes.set_yticks(ticks, names, fontsize=size)
     accuracy = f"accuracy {(truth == guess).mean():.1%}" if len(truth) else "no label is known"
     axes.set(xlabel="predicted", ylabel="label", title=f"{accuracy}, n = {len(truth)}")
-    _save(path, figure)
+    save(path, figure)
 
 
 def labels(path: pathlib.Path, predictions: Predictions, classes: Sequence[str], task: Task) -> None:
@@ -204,7 +204,7 @@ def labels(path: pathlib.Path, predictions: Predictions, classes: Sequence[str],
     if len(shown) < len(classes):
         note = f"the {len(shown)} of {len(classes)} labels with the lowest average precision"
         panels[1].annotate(note, (0.5, 1), (0, 26), "axes fraction", "offset points", ha="center")
-    _save(path, figure)
+    save(path, figure)
 
 
 def values(path: pathlib.Path, predictions: Predictions, names: Sequence[str]) -> None:
@@ -232,7 +232,7 @@ def values(path: pathlib.Path, predictions: Predictions, names: Sequence[str]) -
         right.set_title(f"residuals: mean {residuals.mean():.3g}, mean size {np.abs(residuals).mean():.3g}")
         right.xaxis.set_major_locator(MaxNLocator(6))
         right.yaxis.set_major_locator(MaxNLocator(6, integer=True))
-    _save(path, figure)
+    save(path, figure)
 
 
 def worst_mistakes(path: pathlib.Path, predictions: Predictions, dataset: Dataset, task: Task, image: Image) -> None:
@@ -318,7 +318,7 @@ def lr_curve(path: pathlib.Path, rates: Sequence[float], losses: Sequence[float]
         axes.set_ylim(low - room, top + room)
     axes.set(xscale="log", xlabel="learning rate", ylabel="training loss", title="learning-rate range test")
     axes.grid(alpha=0.3)
-    _save(path, figure)
+    save(path, figure)
 
 
 def table(title: str, rows: Mapping[str, Any]) -> None:
@@ -516,10 +516,11 @@ def _grid(
             axes.set_title(cell[1], fontsize=8)
     for axes in figure.axes:
         axes.axis("off")
-    _save(path, figure)
+    save(path, figure)
 
 
-def _save(path: pathlib.Path, figure: Figure) -> None:
+def save(path: pathlib.Path, figure: Figure) -> None:
+    """A figure as PNG, written whole, in fonts that have the letters of many scripts."""
     installed = {font.name for font in font_manager.fontManager.ttflist}
     families = ["DejaVu Sans", *(name for name in MORE_FONTS if name in installed)]
     for text in figure.findobj(Text):

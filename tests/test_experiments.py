@@ -11,7 +11,10 @@ import pytest
 import tyro
 
 from experiments import inception_v3_statefarm as experiment
-from experiments import standin
+from experiments import solar_cells, standin
+from jaxft.data import elpv
+from jaxft.finetune import finetune as solar_cells_finetune
+from jaxft.runs import Run
 
 
 @pytest.fixture
@@ -52,6 +55,46 @@ def test_images_below_the_smallest_size_of_the_net(run):
         run("--net", "inception_v3_v02")
 
 
+def test_solar_cells_of_several_splits(tmp_path, monkeypatch, capsys):
+    """Bug: views of a held-out cell are trained on; a table is of other cells; a second call trains again."""
+    monkeypatch.setenv("JAXFT_CACHE", str(tmp_path / "cache"))
+    cells = drawn_cells(48)
+    monkeypatch.setattr(solar_cells.elpv, "prepare", lambda cache: cells)
+    trained = []
+
+    def finetune(model, task, train, held_out, *rest):
+        trained.append((set(train.dataset.groups[i] for i in train.indices), set(held_out.indices % len(cells))))
+        return solar_cells_finetune(model, task, train, held_out, *rest)
+
+    monkeypatch.setattr(solar_cells, "finetune", finetune)
+    settings = solar_cells.Settings(weights="none", freeze="through:block4", image_size=32, epochs=1, splits=2)
+    for _ in range(2):
+        solar_cells.main(settings, Run(tmp_path / "run", keep="last", pictures=False))
+    assert len(trained) == 2
+    for groups, held_out in trained:
+        assert len(groups) == 36 and len(held_out) == 12 and not groups & {cells.groups[i] for i in held_out}
+    rows = json.loads((tmp_path / "run" / "results.json").read_text(encoding="utf-8"))
+    assert {name: len(found) for name, found in rows.items()} == dict.fromkeys(
+        ("logistic", "svm", "net", "net and svm"), 2
+    )
+    assert np.mean([row["accuracy"] for row in rows["svm"]]) > 0.8
+    assert (tmp_path / "run" / "results.png").stat().st_size > 5000
+    assert "±" in capsys.readouterr().out
+
+
+def drawn_cells(count: int) -> elpv.SolarCells:
+    """Grey noise, and a dark half where the cell is defective."""
+    rng = np.random.default_rng(0)
+    probabilities = np.asarray(elpv.PROBABILITIES, np.float32)[np.arange(count) % 4]
+    images = rng.integers(100, 256, (count, 32, 32, 1)).repeat(3, -1).astype(np.uint8)
+    images[probabilities > 0.5, :16] //= 3
+    names = tuple(f"cell{i}.png" for i in range(count))
+    labels = (probabilities >= 0.5).astype(np.int32)
+    columns = dict(name="drawn", images=list(images), labels=labels, groups=names, names=names, classes=elpv.CLASSES)
+    types = tuple(elpv.TYPES[i // 4 % 2] for i in range(count))
+    return elpv.SolarCells(**columns, probabilities=probabilities, types=types)
+
+
 @pytest.mark.parametrize(
     "name, expected",
     [
@@ -59,6 +102,7 @@ def test_images_below_the_smallest_size_of_the_net(run):
         ("inception_v3_statefarm", ("299", "inception_v3_v02")),
         ("cifar10", ("resnet50", "--no-subset")),
         ("vgg16_elpv", ("300", "--head-epochs")),
+        ("solar_cells", ("224", "through:block3", "--splits")),
         ("statefarm_solution", ("through:conv4_block6", "--confidence", "--seeds", "--regions")),
     ],
 )
