@@ -89,24 +89,22 @@ def main(
     size = (settings.image_size, settings.image_size)
     plain = Inputs(cells, np.arange(len(cells)), size, settings.batch_size)
     whole = dataclasses.asdict(settings) | {"seed": run.seed, "data": cells.fingerprint, "source": model.source}
-    done = Stages(run.folder, whole | {"splits": None})
-    pooled = None
+    del whole["splits"]  # more of them may come later
+    done = Stages(run.folder, whole)
+    rows = pooled(model, plain, run.folder / "pooled.npy")
     splits = []
     for seed in range(run.seed, run.seed + settings.splits):
         parts = stratified_split(cells.strata, 0.75, seed)
         own = dataclasses.replace(run, seed=seed, folder=run.folder / f"split{seed}" / "net")
         probes = {f"split{seed}/{name}": name for name in TRIED}
-        if not done.has(*probes) and pooled is None:
-            pooled = np.sqrt(features.of_stages(model, STAGES, plain, POOLS))
         for name, classifier in probes.items():
             tried = [c * len(parts[0]) for c in TRIED[classifier]]
-            done.once(name, partial(probe.on_features, pooled, cells, *parts, classifier=classifier, penalty=tried))
+            done.once(name, partial(probe.on_features, rows, cells, *parts, classifier=classifier, penalty=tried))
         net = done.once(f"split{seed}/flips", partial(fine_tuned, model, cells, plain, *parts, settings, own))
         logistic, svm = (done.read(name) for name in probes)
         splits.append({"logistic": logistic, "svm": svm, "net": net, "net and svm": ensemble.mean([net, svm])})
     if devices.is_writer():
-        rows = {name: [figures(split[name], cells) for split in splits] for name in splits[0]}
-        show(run.folder, rows)
+        show(run.folder, {name: [figures(split[name], cells) for split in splits] for name in splits[0]})
 
 
 def start(settings: Settings, seed: int, classes: int) -> Model:
@@ -116,6 +114,19 @@ def start(settings: Settings, seed: int, classes: int) -> Model:
     params = dict(model.variables["params"])
     params["predictions"] = {leaf: np.zeros_like(value) for leaf, value in params["predictions"].items()}
     return dataclasses.replace(model, variables=dict(model.variables) | {"params": params})
+
+
+def pooled(model: Model, inputs: Inputs, path: pathlib.Path) -> np.ndarray:
+    """The features of the probes, float32 [N, F], computed if the file is not there."""
+    if not path.exists():
+        found = np.sqrt(features.of_stages(model, STAGES, inputs, POOLS))
+
+        def write(part: pathlib.Path) -> None:
+            with part.open("wb") as file:
+                np.save(file, found)
+
+        files.write_whole(path, write)
+    return np.load(path)
 
 
 def fine_tuned(

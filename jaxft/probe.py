@@ -1,6 +1,7 @@
 """Probes: features of a net's stages with a classifier of few parameters, where images are too few to fine-tune."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -77,6 +78,7 @@ def on_features(
     """
     from sklearn.calibration import CalibratedClassifierCV
     from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics.pairwise import rbf_kernel
     from sklearn.model_selection import StratifiedKFold, cross_val_score
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -98,7 +100,8 @@ def on_features(
             return make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=2000))
         if classifier == "svm":
             return make_pipeline(StandardScaler(), LinearSVC(C=c, dual="auto", max_iter=20_000, random_state=0))
-        return make_pipeline(StandardScaler(), SVC(C=c, gamma=1 / rows.shape[1]))
+        # As a function: libsvm's own radial kernel is a loop, this one a product of matrices.
+        return make_pipeline(StandardScaler(), SVC(C=c, kernel=partial(rbf_kernel, gamma=1 / rows.shape[1])))
 
     if len(penalties) > 1:
         right = [cross_val_score(machine(each), rows[train], labels, cv=folds).mean() for each in penalties]

@@ -67,7 +67,7 @@ def test_solar_cells_of_several_splits(tmp_path, monkeypatch, capsys):
         return solar_cells_finetune(model, task, train, held_out, *rest)
 
     monkeypatch.setattr(solar_cells, "finetune", finetune)
-    settings = solar_cells.Settings(weights="none", freeze="through:block4", image_size=32, epochs=1, splits=2)
+    settings = solar_cells.Settings(weights="none", freeze="all-but-head", image_size=32, epochs=1, splits=2)
     for _ in range(2):
         solar_cells.main(settings, Run(tmp_path / "run", keep="last", pictures=False))
     assert len(trained) == 2
@@ -102,7 +102,7 @@ def drawn_cells(count: int) -> elpv.SolarCells:
         ("inception_v3_statefarm", ("299", "inception_v3_v02")),
         ("cifar10", ("resnet50", "--no-subset")),
         ("vgg16_elpv", ("300", "--head-epochs")),
-        ("solar_cells", ("224", "through:block3", "--splits")),
+        ("solar_cells", ("224", "through:block4", "--splits")),
         ("statefarm_solution", ("through:conv4_block6", "--confidence", "--seeds", "--regions")),
     ],
 )
