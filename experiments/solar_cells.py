@@ -24,56 +24,18 @@ if __name__ == "__main__":  # before JAX is imported, so that nothing is importe
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping, Sequence
 from functools import partial
 
 import numpy as np
-from matplotlib.figure import Figure
 from tyro.conf import OmitArgPrefixes as Flat
 
-from jaxft import command, devices, ensemble, features, fetch, files, nets, probe, report, task
+from experiments import solar_cells_steps as steps
+from experiments.solar_cells_steps import Settings
+from jaxft import command, devices, ensemble, fetch, probe
 from jaxft.crossval import Stages
 from jaxft.data import Inputs, elpv
 from jaxft.data.folds import stratified_split
-from jaxft.data.symmetries import symmetric, viewed
-from jaxft.ensemble import Probabilities
-from jaxft.finetune import finetune
-from jaxft.model import Model, load
-from jaxft.optim import AdamW, Cosine
-from jaxft.phase import Phase
 from jaxft.runs import Run
-
-VIEWS = "flips"
-STAGES, POOLS = ("block2", "block3", "block4", "block5"), ("mean", "max", "std")
-TRIED = {"logistic": (1e-4, 1e-3, 1e-2, 1e-1), "rbf": (1.0, 3.0, 10.0, 30.0)}  # C of scikit-learn
-PAPER = {"VGG-19 from ImageNet, 300 pixels (the paper)": 0.8842, "SVM (the paper)": 0.8244}
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What is done on each split.
-
-    Attributes:
-        net: vgg16 or vgg19.
-        weights: auto, imagenet, hed-bsds500, none, or the path of a Keras weight file; auto is imagenet if reachable.
-        freeze: what of the net stays as it is.
-        image_size: height and width in pixels.
-        epochs: passes over the four flips of each training image.
-        batch_size: images a step.
-        lr: highest rate of AdamW, which rises over the first twentieth of the steps and falls by half a cosine.
-        dropout: share of units dropped before the last layer.
-        splits: how many.
-    """
-
-    net: str = "vgg16"
-    weights: str = "auto"
-    freeze: str = "through:block4"
-    image_size: int = 224
-    epochs: int = 2
-    batch_size: int = 16
-    lr: float = 3e-4
-    dropout: float = 0.5
-    splits: int = 5
 
 
 def main(
@@ -85,122 +47,26 @@ def main(
         run: its seed is that of the first split; the others follow.
     """
     cells = elpv.prepare(fetch.cache_folder())
-    model = start(settings, run.seed, len(cells.classes))
+    model = steps.start(settings, run.seed, len(cells.classes))
     size = (settings.image_size, settings.image_size)
     plain = Inputs(cells, np.arange(len(cells)), size, settings.batch_size)
     whole = dataclasses.asdict(settings) | {"seed": run.seed, "data": cells.fingerprint, "source": model.source}
     del whole["splits"]  # more of them may come later
     done = Stages(run.folder, whole)
-    rows = pooled(model, plain, run.folder / "pooled.npy")
+    rows = steps.pooled(model, plain, run.folder / "pooled.npy")
     splits = []
     for seed in range(run.seed, run.seed + settings.splits):
         parts = stratified_split(cells.strata, 0.75, seed)
         own = dataclasses.replace(run, seed=seed, folder=run.folder / f"split{seed}" / "net")
-        probes = {f"split{seed}/{name}": name for name in TRIED}
+        probes = {f"split{seed}/{name}": name for name in steps.TRIED}
         for name, classifier in probes.items():
-            tried = [c * len(parts[0]) for c in TRIED[classifier]]
+            tried = [c * len(parts[0]) for c in steps.TRIED[classifier]]
             done.once(name, partial(probe.on_features, rows, cells, *parts, classifier=classifier, penalty=tried))
-        net = done.once(f"split{seed}/flips", partial(fine_tuned, model, cells, plain, *parts, settings, own))
+        net = done.once(f"split{seed}/flips", partial(steps.fine_tuned, model, cells, plain, *parts, settings, own))
         logistic, svm = (done.read(name) for name in probes)
         splits.append({"logistic": logistic, "svm": svm, "net": net, "net and svm": ensemble.mean([net, svm])})
     if devices.is_writer():
-        show(run.folder, {name: [figures(split[name], cells) for split in splits] for name in splits[0]})
-
-
-def start(settings: Settings, seed: int, classes: int) -> Model:
-    """The net from its file. Its last layer is 0: on features as large as hed-bsds500's a random one is far off."""
-    options = nets.head_options(settings.net, "gap")
-    model = load(settings.net, classes, weights=settings.weights, seed=seed, dropout=settings.dropout, **options)
-    params = dict(model.variables["params"])
-    params["predictions"] = {leaf: np.zeros_like(value) for leaf, value in params["predictions"].items()}
-    return dataclasses.replace(model, variables=dict(model.variables) | {"params": params})
-
-
-def pooled(model: Model, inputs: Inputs, path: pathlib.Path) -> np.ndarray:
-    """The features of the probes, float32 [N, F], computed if the file is not there."""
-    if not path.exists():
-        found = np.sqrt(features.of_stages(model, STAGES, inputs, POOLS))
-
-        def write(part: pathlib.Path) -> None:
-            with part.open("wb") as file:
-                np.save(file, found)
-
-        files.write_whole(path, write)
-    return np.load(path)
-
-
-def fine_tuned(
-    model: Model,
-    cells: elpv.SolarCells,
-    plain: Inputs,
-    train: np.ndarray,
-    held_out: np.ndarray,
-    settings: Settings,
-    run: Run,
-) -> Probabilities:
-    """What the net says of the held-out cells after training, as the mean over their views."""
-    turned = symmetric(cells, VIEWS)
-    views = len(turned) // len(cells)
-    targets = np.tile(np.stack([1 - cells.probabilities, cells.probabilities], 1), (views, 1))
-    inputs = dataclasses.replace(plain, dataset=turned, indices=viewed(train, cells, VIEWS), targets=targets)
-    judged = dataclasses.replace(plain, dataset=turned, indices=viewed(held_out, cells, VIEWS))
-    steps = settings.epochs * inputs.steps_per_epoch
-    phase = Phase(
-        settings.epochs,
-        Cosine(settings.lr, steps, warmup=steps // 20),
-        AdamW(),
-        frozen=settings.freeze,
-        clip_norm=1.0,
-    )
-    _, predictions = finetune(model, task.classification(), inputs, judged, [phase], run)
-    of_views = ensemble.of(predictions, turned)
-    first = of_views.at(np.arange(len(held_out)))
-    return dataclasses.replace(first, values=of_views.values.reshape(views, len(held_out), -1).mean(0))
-
-
-def figures(found: Probabilities, cells: elpv.SolarCells) -> dict[str, float]:
-    """Accuracy, area under the curve, and F1 of defective cells: of all, of each type."""
-    from sklearn.metrics import f1_score, roc_auc_score
-
-    kind = dict(zip(cells.names, cells.types, strict=True))
-    types = np.asarray([kind[name] for name in found.names])
-    called = found.values[:, 1] >= 0.5
-    row = {"accuracy": float((called == found.labels).mean())}
-    row["ROC AUC"] = float(roc_auc_score(found.labels, found.values[:, 1]))
-    for name in ("", *elpv.TYPES):
-        which = types == name if name else np.ones(len(found), bool)
-        row[f"F1 {name}".rstrip()] = float(f1_score(found.labels[which], called[which]))
-    return row
-
-
-def show(folder: pathlib.Path, rows: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
-    """Prints the figures as mean ± standard deviation over splits, and leaves them in `results.json` and a picture."""
-    names = list(next(iter(rows.values()))[0])
-    spread = 1 if len(next(iter(rows.values()))) > 1 else 0
-
-    def cell(values: Sequence[float]) -> str:
-        return (
-            f"{100 * np.mean(values):.2f} ± {100 * np.std(values, ddof=1):.2f}" if spread else f"{100 * values[0]:.2f}"
-        )
-
-    table = [[name, *(cell([row[each] for row in found]) for each in names)] for name, found in rows.items()]
-    table += [[name, f"{100 * value:.2f}", *[""] * (len(names) - 1)] for name, value in PAPER.items()]
-    report.columns("solar cells, per cent", ["", *names], table)
-    files.write_json(folder / "results.json", {name: list(map(dict, found)) for name, found in rows.items()})
-    figure = Figure(figsize=(6.4, 3.2), layout="constrained")
-    axes = figure.subplots()
-    for place, found in enumerate(rows.values()):
-        values = [100 * row["accuracy"] for row in found]
-        axes.plot(values, [place] * len(values), "o", alpha=0.5)
-        axes.plot(np.mean(values), place, "k|", markersize=18)
-    for (name, value), style in zip(PAPER.items(), ("--", ":"), strict=True):
-        axes.axvline(100 * value, color="grey", linestyle=style, label=name)
-    axes.set_yticks(range(len(rows)), list(rows))
-    axes.invert_yaxis()
-    axes.set_xlabel("held-out cells called right, per cent: each split, and the mean")
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize=8, frameon=False)
-    report.save(folder / "results.png", figure)
-    print(f"{folder / 'results.png'}, results.json")
+        steps.show(run.folder, {name: [steps.figures(split[name], cells) for split in splits] for name in splits[0]})
 
 
 if __name__ == "__main__":

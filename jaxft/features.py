@@ -27,6 +27,7 @@ from jaxft.predict import EvalStep, make_eval_step, real_rows
 from jaxft.progress import bar
 from jaxft.task import Task
 
+Pool = Literal["mean", "max", "std"]
 POOLS = {"mean": jnp.mean, "max": jnp.max, "std": jnp.std}
 
 Prefix = jax.stages.Wrapped
@@ -173,7 +174,7 @@ def of_stages(
     model: Any,
     stages: Sequence[str],
     images: Any,
-    pools: Sequence[Literal["mean", "max", "std"]] = ("mean",),
+    pools: Sequence[Pool] = ("mean",),
     *,
     image_size: tuple[int, int] | None = None,
     batch_size: int = 16,

@@ -22,7 +22,7 @@ def probe(
     *,
     stages: str | Sequence[str],
     classifier: Classifier = "logistic",
-    pools: Sequence[Literal["mean", "max", "std"]] = ("mean",),
+    pools: Sequence[features.Pool] = ("mean",),
     penalty: float | Sequence[float] = 1.0,
     image_size: tuple[int, int] | None = None,
 ) -> Probabilities:
@@ -101,7 +101,8 @@ def on_features(
         if classifier == "svm":
             return make_pipeline(StandardScaler(), LinearSVC(C=c, dual="auto", max_iter=20_000, random_state=0))
         # As a function: libsvm's own radial kernel is a loop, this one a product of matrices.
-        return make_pipeline(StandardScaler(), SVC(C=c, kernel=partial(rbf_kernel, gamma=1 / rows.shape[1])))
+        kernel: Any = partial(rbf_kernel, gamma=1 / rows.shape[1])
+        return make_pipeline(StandardScaler(), SVC(C=c, kernel=kernel))
 
     if len(penalties) > 1:
         right = [cross_val_score(machine(each), rows[train], labels, cv=folds).mean() for each in penalties]

@@ -11,9 +11,8 @@ import pytest
 import tyro
 
 from experiments import inception_v3_statefarm as experiment
-from experiments import solar_cells, standin
+from experiments import solar_cells, solar_cells_steps, standin
 from jaxft.data import elpv
-from jaxft.finetune import finetune as solar_cells_finetune
 from jaxft.runs import Run
 
 
@@ -60,13 +59,13 @@ def test_solar_cells_of_several_splits(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("JAXFT_CACHE", str(tmp_path / "cache"))
     cells = drawn_cells(48)
     monkeypatch.setattr(solar_cells.elpv, "prepare", lambda cache: cells)
-    trained = []
+    trained, whole = [], solar_cells_steps.finetune
 
     def finetune(model, task, train, held_out, *rest):
         trained.append((set(train.dataset.groups[i] for i in train.indices), set(held_out.indices % len(cells))))
-        return solar_cells_finetune(model, task, train, held_out, *rest)
+        return whole(model, task, train, held_out, *rest)
 
-    monkeypatch.setattr(solar_cells, "finetune", finetune)
+    monkeypatch.setattr(solar_cells_steps, "finetune", finetune)
     settings = solar_cells.Settings(weights="none", freeze="all-but-head", image_size=32, epochs=1, splits=2)
     for _ in range(2):
         solar_cells.main(settings, Run(tmp_path / "run", keep="last", pictures=False))
