@@ -140,7 +140,7 @@ def show(folder: pathlib.Path, rows: Mapping[str, Sequence[Mapping[str, float]]]
     for (name, value), style in zip(PAPER.items(), ("--", ":"), strict=True):
         axes.axvline(100 * value, color="grey", linestyle=style, label=name)
     axes.set_yticks(range(len(rows)), list(rows))
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlabel("held-out cells called right, per cent: each split, and the mean")
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize=8, frameon=False)
     report.save(folder / "results.png", figure)
