@@ -5,8 +5,8 @@ them, from the same file:
 
 - logistic: logistic regression on mean, maximum and deviation of blocks 2 to 5 over places, as square roots;
 - svm: a radial support vector machine on the same;
-- net: VGG16 with all but its first blocks fine-tuned on the four flips of each cell, against the probability of a
-  defect that the experts gave, and not against the class it is rounded to; judged by its mean over the four flips;
+- net: VGG16's block 5 fine-tuned on the four flips of each cell, against the probability of a defect that the experts
+  gave, and not against the class it is rounded to; judged by its mean over the four flips;
 - net and svm: the geometric mean of the probabilities that these two give.
 
 Penalties are chosen in folds of the training part, and a cell is called defective from a probability of 0.5 on. The
@@ -14,7 +14,7 @@ held-out part chooses nothing. What is done is kept, so that a run that is kille
 
     python -m experiments.solar_cells --weights hed-bsds500
 
-The results are in docs/solar_cells.md.
+Result with hed-bsds500, seeds 5 to 9: net and svm 86.16 ± 1.44 %, net 85.09 ± 1.15 % (docs/solar_cells.md).
 """
 
 if __name__ == "__main__":  # before JAX is imported, so that nothing is imported twice
