@@ -211,9 +211,7 @@ def test_every_stage_and_the_logits_at_the_native_size(tmp_path, name):
 
 
 COUNTED = [name for name in nets.ZOO if not name.startswith("vgg") and name != "googlenet"]
-ALIKE = ("resnet101", "resnet152_scale", "densenet169", "densenet201", "densenet161_scale", "densenet169_scale")
-ALIKE += ("inception_v4_gamma", "resnet50_v21")
-ALIKE += tuple(name for name in thin.LATER if name not in ("mobilenet_v2", "mobilenet_v3_small"))
+ALIKE = thin.COPIES | set(thin.LATER) - {"mobilenet_v2", "mobilenet_v3_small"}
 
 
 @pytest.mark.parametrize(
@@ -278,7 +276,10 @@ def multiply_accumulates(jaxpr):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=pytest.mark.slow) if name in thin.LATER else name for name in keras_nets.APPLICATIONS],
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in thin.COPIES | set(thin.LATER) else name
+        for name in keras_nets.APPLICATIONS
+    ],
 )
 def test_parameters_are_as_many_as_keras_counts(name):
     """Bug: a row of the zoo that agrees with our own net and not with Keras's."""

@@ -16,9 +16,9 @@ DISTINCT = (
     *("resnet50v2", "xception", "inception_resnet_v2", "mobilenet", "mobilenet_v2", "mobilenet_v3_small"),
     *("nasnet_mobile", "efficientnet_b0", "efficientnet_v2_s", "convnext_tiny"),
 )
-# Every net; those that are a deeper or wider copy of another one of a new family, where that takes long, are slow.
+# Every net; those that are a deeper or wider copy of another one are slow.
 LATER = list(nets.ZOO)[list(nets.ZOO).index("resnet50v2") :]
-COPIES = set(LATER) - set(DISTINCT)
+COPIES = set(nets.ZOO) - set(DISTINCT)
 ZOO = [pytest.param(name, marks=pytest.mark.slow) if name in COPIES else name for name in nets.ZOO]
 SMALL = {
     "xception": ({"middle": 1}, 71),
