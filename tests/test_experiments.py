@@ -54,6 +54,7 @@ def test_images_below_the_smallest_size_of_the_net(run):
         run("--net", "inception_v3_v02")
 
 
+@pytest.mark.slow
 def test_solar_cells_of_several_splits(tmp_path, monkeypatch, capsys):
     """Bug: views of a held-out cell are trained on; a table is of other cells; a second call trains again."""
     monkeypatch.setenv("JAXFT_CACHE", str(tmp_path / "cache"))
