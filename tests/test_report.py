@@ -59,7 +59,7 @@ def row(epoch, **more):
 def drawn(monkeypatch):
     """The figures that a test draws, in place of files."""
     figures = []
-    monkeypatch.setattr(report, "_save", lambda path, figure: figures.append(figure))
+    monkeypatch.setattr(report, "save", lambda path, figure: figures.append(figure))
     return figures
 
 
