@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from jaxft import ensemble, features, files, nets, report, task
 from jaxft.data import Inputs, elpv
-from jaxft.data.symmetries import symmetric, viewed
+from jaxft.data.symmetries import SYMMETRIES, symmetric, viewed
 from jaxft.ensemble import Probabilities
 from jaxft.finetune import finetune
 from jaxft.model import Model, load
@@ -83,19 +83,13 @@ def fine_tuned(
     run: Run,
 ) -> Probabilities:
     """What the net says of the held-out cells after training, as the mean over their views."""
-    turned = symmetric(cells, VIEWS)
-    views = len(turned) // len(cells)
+    turned, views = symmetric(cells, VIEWS), len(SYMMETRIES[VIEWS])
     targets = np.tile(np.stack([1 - cells.probabilities, cells.probabilities], 1), (views, 1))
     inputs = dataclasses.replace(plain, dataset=turned, indices=viewed(train, cells, VIEWS), targets=targets)
     judged = dataclasses.replace(plain, dataset=turned, indices=viewed(held_out, cells, VIEWS))
     steps = settings.epochs * inputs.steps_per_epoch
-    phase = Phase(
-        settings.epochs,
-        Cosine(settings.lr, steps, warmup=steps // 20),
-        AdamW(),
-        frozen=settings.freeze,
-        clip_norm=1.0,
-    )
+    rate = Cosine(settings.lr, steps, warmup=steps // 20)
+    phase = Phase(settings.epochs, rate, AdamW(), frozen=settings.freeze, clip_norm=1.0)
     _, predictions = finetune(model, task.classification(), inputs, judged, [phase], run)
     of_views = ensemble.of(predictions, turned)
     first = of_views.at(np.arange(len(held_out)))
@@ -120,12 +114,10 @@ def figures(found: Probabilities, cells: elpv.SolarCells) -> dict[str, float]:
 def show(folder: pathlib.Path, rows: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
     """Prints the figures as mean ± standard deviation over splits, and leaves them in `results.json` and a picture."""
     names = list(next(iter(rows.values()))[0])
-    spread = 1 if len(next(iter(rows.values()))) > 1 else 0
 
     def cell(values: Sequence[float]) -> str:
-        return (
-            f"{100 * np.mean(values):.2f} ± {100 * np.std(values, ddof=1):.2f}" if spread else f"{100 * values[0]:.2f}"
-        )
+        spread = f" ± {100 * np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
+        return f"{100 * np.mean(values):.2f}{spread}"
 
     table = [[name, *(cell([row[each] for row in found]) for each in names)] for name, found in rows.items()]
     table += [[name, f"{100 * value:.2f}", *[""] * (len(names) - 1)] for name, value in PAPER.items()]

@@ -14,20 +14,17 @@ import numpy as np
 from jaxft.data.dataset import Dataset, Images
 from jaxft.data.decode import MAX_SIDE, thumbnail
 
-_FLIPS = {
+_CHANGES = {
     "": lambda image: image,
     "mirrored": lambda image: image[:, ::-1],
     "upside down": lambda image: image[::-1],
     "half turn": lambda image: image[::-1, ::-1],
-}
-_TURNS = {
     "quarter turn left": np.rot90,
     "quarter turn right": lambda image: np.rot90(image, -1),
     "transposed": lambda image: image.swapaxes(0, 1),
     "transposed, half turn": lambda image: np.rot90(image, 2).swapaxes(0, 1),
 }
-SYMMETRIES = {"mirror": ("", "mirrored"), "flips": tuple(_FLIPS), "square": (*_FLIPS, *_TURNS)}
-_CHANGES = _FLIPS | _TURNS
+SYMMETRIES = {"mirror": tuple(_CHANGES)[:2], "flips": tuple(_CHANGES)[:4], "square": tuple(_CHANGES)}
 
 
 def symmetric(dataset: Dataset, kind: Literal["mirror", "flips", "square"]) -> Dataset:
