@@ -114,12 +114,10 @@ def figures(found: Probabilities, cells: elpv.SolarCells) -> dict[str, float]:
 def show(folder: pathlib.Path, rows: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
     """Prints the figures as mean ± standard deviation over splits, and leaves them in `results.json` and a picture."""
     names = list(next(iter(rows.values()))[0])
-
-    def cell(values: Sequence[float]) -> str:
-        spread = f" ± {100 * np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
-        return f"{100 * np.mean(values):.2f}{spread}"
-
-    table = [[name, *(cell([row[each] for row in found]) for each in names)] for name, found in rows.items()]
+    table = [
+        [name, *(report.spread([100 * row[each] for row in found], "{:.2f}") for each in names)]
+        for name, found in rows.items()
+    ]
     table += [[name, f"{100 * value:.2f}", *[""] * (len(names) - 1)] for name, value in PAPER.items()]
     report.columns("solar cells, per cent", ["", *names], table)
     files.write_json(folder / "results.json", {name: list(map(dict, found)) for name, found in rows.items()})

@@ -73,10 +73,10 @@ def table(solved: Sequence[Solved]) -> list[list[str]]:
             before = [_before(one.steps, i, side) for one, i in steps]
             losses = [found["loss"] for found in figures]
             changes = [loss - other for loss, other in zip(losses, before, strict=True)]
-            row += [_spread(losses, "{:.4f}"), _spread(changes, "{:+.4f}")]
-            row.append(_spread([100 * found["accuracy"] for found in figures], "{:.2f}", " %"))
+            row += [report.spread(losses, "{:.4f}"), report.spread(changes, "{:+.4f}")]
+            row.append(report.spread([100 * found["accuracy"] for found in figures], "{:.2f}", " %"))
             if side == "out_of_fold":
-                row.append(_spread([found["loss_spread"] for found in figures], "{:.3f}"))
+                row.append(report.spread([found["loss_spread"] for found in figures], "{:.3f}"))
         kept = [one.steps[i].kept for one, i in steps]
         word = f"{sum(map(bool, kept))} of {len(kept)}" if None not in kept else "apart" if one.steps[i].apart else ""
         rows.append([*row, f"{word}, apart" if word and one.steps[i].apart and word != "apart" else word])
@@ -95,14 +95,6 @@ def _before(steps: Sequence[Step], place: int, side: str) -> float:
         if step.kept is not False and not (step.apart and step.kept is None):
             return _figures(step, side)["loss"]
     return math.nan
-
-
-def _spread(values: Sequence[float], form: str, unit: str = "") -> str:
-    known = [value for value in values if math.isfinite(value)]
-    if not known:
-        return "–"
-    deviation = f" ± {np.std(known, ddof=1):{form.strip('{}:').replace('+', '')}}" if len(known) > 1 else ""
-    return form.format(float(np.mean(known))) + deviation + unit
 
 
 def _predictions(found: Probabilities | None, dataset: Dataset) -> Predictions:

@@ -341,6 +341,15 @@ def columns(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) ->
     Console(width=None if Console().is_terminal else 120).print(shown)
 
 
+def spread(values: Sequence[float], form: str, unit: str = "") -> str:
+    """Mean ± standard deviation of the values that are numbers, each in `form`, such as "{:.2f}", and their unit."""
+    known = [value for value in values if math.isfinite(value)]
+    if not known:
+        return "–"
+    deviation = f" ± {np.std(known, ddof=1):{form.strip('{}:').replace('+', '')}}" if len(known) > 1 else ""
+    return form.format(float(np.mean(known))) + deviation + unit
+
+
 def figures(title: str, metrics: Mapping[str, float | None], rows: Mapping[str, Any]) -> None:
     """Prints the figures of a task's `metrics`, then `rows`."""
     table(title, {**_shown(metrics), **rows})
