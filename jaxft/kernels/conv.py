@@ -144,15 +144,17 @@ def _shares(images: int) -> int:
     return devices if images % devices == 0 else 1
 
 
-def _chunks(x: jax.Array, pixels: int) -> jax.Array:
+def _chunks(x: jax.Array, pixels: int, least: int = 1) -> jax.Array:
     """x [B, H, W, C] → [chunks, images, H, W, C], where an image counts as so many pixels; x itself if images is 1.
+
+    So many images as CHUNK_PIXELS come to, or the least, or fewer, if that does not divide the batch.
 
     Each of several devices has its own images in every chunk, [chunks, devices, images, H, W, C]: a chunk that lies on
     one device alone would have to be sent to all the others.
     """
     shares = _shares(len(x))
-    own, most = len(x) // shares, CHUNK_PIXELS // pixels
-    images = max(n for n in range(1, max(1, most) + 1) if own % n == 0)
+    own, most = len(x) // shares, max(CHUNK_PIXELS // pixels, least)
+    images = max(n for n in range(1, most + 1) if own % n == 0)
     if shares > 1:
         return x.reshape(shares, -1, images, *x.shape[1:]).swapaxes(0, 1)
     return x if images == 1 else x.reshape(-1, images, *x.shape[1:])
@@ -174,9 +176,11 @@ def _by_chunks(function: Callable[[jax.Array], jax.Array], x: jax.Array, pixels:
     return (y.swapaxes(0, 1) if y.ndim == 6 else y).reshape(len(x), *y.shape[-3:])
 
 
-def _sum_by_chunks(function: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, dy: jax.Array) -> jax.Array:
-    """function(x, dy), which is a sum over images, chunk by chunk; over devices once, at the end."""
-    chunks = [_chunks(images, math.prod(dy.shape[1:3])) for images in (x, dy)]
+def sum_by_chunks(
+    function: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, dy: jax.Array, least: int = 1
+) -> jax.Array:
+    """function(x, dy), which is a sum over images, chunk by chunk, of so many at least; over devices once, at the end."""
+    chunks = [_chunks(images, math.prod(dy.shape[1:3]), least) for images in (x, dy)]
 
     def of(x: jax.Array, dy: jax.Array) -> jax.Array:
         if x.ndim == 5:
@@ -245,7 +249,7 @@ def wide_kernel_gradient(x: jax.Array, dy: jax.Array, size: tuple[int, ...], str
             totals.append(sum(parts[1:], parts[0]))
         return jnp.stack(totals)
 
-    total = _sum_by_chunks(rows, x, dy.astype(x.dtype))
+    total = sum_by_chunks(rows, x, dy.astype(x.dtype))
     return total.reshape(size[0], -1, size[1], x.shape[3]).transpose(0, 2, 3, 1)
 
 
@@ -284,7 +288,7 @@ def minimal_kernel_gradient(x: jax.Array, dy: jax.Array, size: tuple[int, ...], 
         pairs = zip(sum(_met(x, size, pads), []), sum(planes, []), strict=True)
         return jnp.concatenate([_flat(pixels).T @ _flat(plane) for pixels, plane in pairs])
 
-    total = _sum_by_chunks(products, x, dy).reshape(-1, x.shape[3], dy.shape[3])
+    total = sum_by_chunks(products, x, dy).reshape(-1, x.shape[3], dy.shape[3])
     units = dict(zip(sum(sum(_units(size), []), []), total, strict=True))
     height, width = (3 * (k // 2) + 1 for k in size)
     taps = _both_axes(_to_kernel, [[units[u, v] for v in range(width)] for u in range(height)])
@@ -298,7 +302,7 @@ def tap_kernel_gradient(x: jax.Array, dy: jax.Array, size: tuple[int, ...], stri
         products = [_flat(pixels).T @ _flat(dy) for pixels in windows(x, size, (stride, stride), pads)]
         return jnp.stack(products).reshape(*size, x.shape[3], dy.shape[3])
 
-    return taps(x, dy) if size == (1, 1) else _sum_by_chunks(taps, x, dy)
+    return taps(x, dy) if size == (1, 1) else sum_by_chunks(taps, x, dy)
 
 
 def patch_output(x: jax.Array, kernel: jax.Array, stride: int, pads: Pads, finish: Finish = _same) -> jax.Array:
@@ -318,7 +322,7 @@ def few_kernel_gradient(x: jax.Array, dy: jax.Array, size: tuple[int, ...], pads
     def product(x: jax.Array, dy: jax.Array) -> jax.Array:
         return _flat(x).T @ _flat(jnp.concatenate(windows(dy, size, (1, 1), around), -1))
 
-    taps = _sum_by_chunks(product, x, dy).reshape(x.shape[3], *size, dy.shape[3])
+    taps = sum_by_chunks(product, x, dy).reshape(x.shape[3], *size, dy.shape[3])
     return taps[:, ::-1, ::-1].transpose(1, 2, 0, 3)
 
 
