@@ -179,7 +179,7 @@ def _by_chunks(function: Callable[[jax.Array], jax.Array], x: jax.Array, pixels:
 def sum_by_chunks(
     function: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, dy: jax.Array, least: int = 1
 ) -> jax.Array:
-    """function(x, dy), which is a sum over images, chunk by chunk, of so many at least; over devices once, at the end."""
+    """function(x, dy), a sum over images, by chunks of so many at least; over devices once, at the end."""
     chunks = [_chunks(images, math.prod(dy.shape[1:3]), least) for images in (x, dy)]
 
     def of(x: jax.Array, dy: jax.Array) -> jax.Array:
