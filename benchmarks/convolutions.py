@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from benchmarks import flops
+from benchmarks import peaks
 from benchmarks.machine import write_table
 from jaxft.kernels import conv, depthwise
 from jaxft.progress import bar
@@ -122,7 +122,7 @@ def main(settings: Settings) -> None:
         "",
         f"`python -m benchmarks.convolutions` writes this table: batch {settings.batch_size}, {settings.dtype}, 10⁹",
         f"operations of the direct sum a second, medians of {settings.repeats}, XLA's and ours in turn. A product of",
-        f"square matrices reaches {flops.device_peak(dtype) / 1e9:.0f} there.",
+        f"square matrices reaches {peaks.operations(dtype) / 1e9:.0f} there.",
     ]
     columns = [
         "| net | layer | output: XLA | jaxft | input gradient: XLA | jaxft | kernel gradient: XLA | jaxft |",

@@ -15,9 +15,7 @@ import itertools
 import json
 import os
 import pathlib
-import re
 import sys
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -27,6 +25,7 @@ import tyro
 
 from benchmarks.machine import run_apart, write_table
 from jaxft.progress import bar
+from tests.reference import hlo
 
 # XLA's description of the card: https://github.com/openxla/xla/tree/main/xla/tools/hlo_opt (gpu_specs)
 H200 = """
@@ -40,8 +39,6 @@ gpu_device_info {
 platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 patch: 0 } device_description_str: "NVIDIA H200"
 """
 BANDWIDTH = 4.8e12  # bytes a second of an H200, by its data sheet
-BYTES = {"f64": 8, "s64": 8, "u64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "u8": 1, "s8": 1, "pred": 1}
-FREE = ("parameter", "tuple", "get-tuple-element", "bitcast", "constant", "partition-id", "replica-id")
 LR, MOMENTUM = 1e-3, 0.9
 
 Made = tuple[Callable[..., Any], tuple[Any, ...]]
@@ -195,37 +192,6 @@ TABLE = (
 SIDES: dict[str, Callable[[Job], Made]] = {"jaxft": jaxft, "flax": flax, "keras": keras}
 
 
-def size(shape: str) -> int:
-    """Bytes of a shape as HLO writes it, of all parts of a tuple."""
-    total = 0
-    for dtype, dims in re.findall(rf"\b({'|'.join(BYTES)})\[([0-9,]*)\]", shape):
-        count = 1
-        for dim in filter(None, dims.split(",")):
-            count *= int(dim)
-        total += count * BYTES[dtype]
-    return total
-
-
-def operations(program: str) -> tuple[Counter[str], Counter[str]]:
-    """(how many, bytes read and written) by kind of the operations in the entry of an optimised HLO module."""
-    outputs: dict[str, int] = {}
-    many: Counter[str] = Counter()
-    moved: Counter[str] = Counter()
-    for line in program[program.index("\nENTRY") :].splitlines():
-        found = re.match(r"\s+(?:ROOT )?%([\w.\-]+) = (.*?) ([a-z\-]+)\((.*?)\)(.*)$", line)
-        if not found:
-            continue
-        name, shape, kind, operands, rest = found.groups()
-        outputs[name] = size(shape)
-        if kind in FREE:
-            continue
-        target = re.search(r'custom_call_target="([^"]+)"', rest)
-        kind = target[1] if target else kind
-        many[kind] += 1
-        moved[kind] += outputs[name] + sum(outputs.get(operand, 0) for operand in re.findall(r"%([\w.\-]+)", operands))
-    return many, moved
-
-
 def line(row: dict[str, Any]) -> str:
     """A row of the table."""
     largest = ", ".join(f"{kind.removeprefix('__cudnn$')} {gb:.1f}" for kind, gb in row["by_kind"].items())
@@ -249,7 +215,7 @@ def compiled(job: Job) -> dict[str, Any]:
     with mock.patch.object(jax, "default_backend", lambda: "gpu"):  # the kernels of a CPU stay out
         lowered = step.trace(*shapes).lower(lowering_platforms=("cuda",))
     done = lowered.compile()
-    many, moved = operations(done.as_text())
+    many, moved = hlo.operations(done.as_text())
     memory, total = done.memory_analysis(), sum(moved.values())
     return dataclasses.asdict(job) | {
         "kernels": sum(many.values()),

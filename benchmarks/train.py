@@ -13,7 +13,9 @@ docs/speed.csv, with hardware and versions, and docs/speed.png is drawn from it.
 timm's nets of the same names are another function of nearly the same cost, from random weights: their losses are not
 compared, and their rows have no share of peak. The others multiply float32 on a GPU as TF32. `step_gflop` counts
 convolutions and dense layers by formula, `lowered_gflop` all operations of jaxft's program as lowered with XLA's own
-convolutions. A side that has no build for the GPU is left out there.
+convolutions. `gb_moved` is what the operations of jaxft's program read and write, each loop's turns counted
+(`tests.reference.hlo`); over the time and the bandwidth of 2a + b, it may pass 1, as a cache serves part of it. A side that
+has no build for the GPU is left out there.
 XLA_FLAGS are passed on; by default none is set, as XLA's own choice for one GPU has autotuning and CUDA graphs on.
 """
 
@@ -143,8 +145,8 @@ def measure(settings: Settings, name: str, freeze: str) -> list[dict[str, Any]]:
     else:
         step_flops = cost.formula(net, state, size, settings.batch_size)
         lowered_flops = cost.traced_step(net, state, size, settings.batch_size).lower().cost_analysis()["flops"]
-    peak_command = [sys.executable, "-m", "benchmarks.flops", settings.dtype]
-    peak_flops = float(subprocess.run(peak_command, check=True, stdout=subprocess.PIPE, encoding="utf-8").stdout)
+    command = [sys.executable, "-m", "benchmarks.peaks", settings.dtype]
+    peaks = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, encoding="utf-8").stdout)
     sides: dict[str, Side] = {}
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
@@ -179,6 +181,7 @@ def measure(settings: Settings, name: str, freeze: str) -> list[dict[str, Any]]:
     rows = []
     for side in sides.values():
         median = statistics.median(side.seconds)
+        moved = side.facts.get("moved_bytes")
         rows.append(
             {
                 "date": datetime.date.today().isoformat(),
@@ -190,18 +193,21 @@ def measure(settings: Settings, name: str, freeze: str) -> list[dict[str, Any]]:
                 "dtype": settings.dtype,
                 "side": side.name,
                 "images_per_second": round(settings.batch_size / median, 2),
-                "seconds_per_step": f"{median:.4g}",
-                "fastest": f"{min(side.seconds):.4g}",
-                "slowest": f"{max(side.seconds):.4g}",
+                "seconds_per_step": f"{median:.3g}",
+                "fastest": f"{min(side.seconds):.3g}",
+                "slowest": f"{max(side.seconds):.3g}",
                 "rounds": settings.rounds,
                 "steps": settings.steps,
                 "peak_mb": round(side.peak_bytes / 1e6),
                 "compile_s": round(side.facts["compile_s"], 1),
                 "step_gflop": round(step_flops / 1e9, 1),
                 "lowered_gflop": round(lowered_flops / 1e9, 1) if lowered_flops and side.name == "jaxft" else "",
-                "peak_gflops": round(peak_flops / 1e9),
-                "share_of_peak": "" if side.name.startswith("timm") else round(step_flops / median / peak_flops, 3),
+                "peak_gflops": round(peaks["flops"] / 1e9),
+                "share_of_peak": "" if side.name.startswith("timm") else round(step_flops / median / peaks["flops"], 3),
                 "versions": side.facts["versions"],
+                "gb_moved": round(moved / 1e9, 2) if moved else "",
+                "peak_gb_per_second": round(peaks["bandwidth"] / 1e9, 1),
+                "share_of_bandwidth": round(moved / median / peaks["bandwidth"], 3) if moved else "",
             }
         )
     return rows
@@ -268,6 +274,7 @@ def show(rows: list[dict[str, Any]]) -> None:
         "peak MB": "peak_mb",
         "compile s": "compile_s",
         "of peak": "share_of_peak",
+        "of GB/s": "share_of_bandwidth",
     }
     for heading in headings:
         shown.add_column(heading, justify="left" if heading == "side" else "right", no_wrap=heading == "side")
