@@ -14,8 +14,8 @@ timm's nets of the same names are another function of nearly the same cost, from
 compared, and their rows have no share of peak. The others multiply float32 on a GPU as TF32. `step_gflop` counts
 convolutions and dense layers by formula, `lowered_gflop` all operations of jaxft's program as lowered with XLA's own
 convolutions. `gb_moved` is what the operations of jaxft's program read and write, each loop's turns counted
-(`tests.reference.hlo`); over the time and the bandwidth of 2a + b, it may pass 1, as a cache serves part of it. A side that
-has no build for the GPU is left out there.
+(`tests.reference.hlo`); over the time and the bandwidth of 2a + b, it may pass 1, as a cache serves part of it. A side
+that has no build for the GPU is left out there.
 XLA_FLAGS are passed on; by default none is set, as XLA's own choice for one GPU has autotuning and CUDA graphs on.
 """
 
