@@ -28,7 +28,8 @@ class Graph(nn.Module):
             inputs = [produced[id(x)] for x in node.arguments.keras_tensors]
             constants = [x for x in node.arguments.args if isinstance(x, float)]
             self.layers[layer.name] = _Constant(type(layer).__name__, constants[0]) if constants else convert(layer)
-            if inputs[0] in self.layers and absorbs(self.layers[layer.name], self.layers[inputs[0]]):
+            alone = len(node.arguments.keras_tensors[0]._keras_history.operation._outbound_nodes) == 1
+            if alone and inputs[0] in self.layers and absorbs(self.layers[layer.name], self.layers[inputs[0]]):
                 self.layers[inputs[0]] = nn.Identity()
             produced[id(node.outputs[0])] = layer.name
             self.steps.append((layer.name, inputs))
@@ -173,6 +174,17 @@ class _Same(nn.Module):
         return self.inner(F.pad(x, tuple(itertools.chain(*ends)), value=self.value))
 
 
+class _Known(nn.Module):
+    """A mean that leaves the padding out: over that of ones."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) / self.inner(torch.ones_like(x[:1, :1]))
+
+
 def _dense(layer: Any) -> nn.Module:
     linear = nn.Linear(*layer.kernel.shape)
     linear.weight.data = _array(layer.kernel).T.contiguous()
@@ -239,9 +251,10 @@ def _pool(layer: Any, kind: type[nn.Module], value: float) -> nn.Module:
     size, strides = layer.pool_size, layer.strides
     if layer.padding == "valid":
         return kind(size, strides)
-    if kind is nn.AvgPool2d:  # Keras leaves the padding out of the mean; all "same" ones of the zoo are 3×3 at stride 1
+    if kind is nn.AvgPool2d and strides == (1, 1):  # Keras leaves the padding out of the mean
         return nn.AvgPool2d(size, strides, size[0] // 2, count_include_pad=False)
-    return _Same(kind(size, strides), size, strides, value)
+    same = _Same(kind(size, strides), size, strides, value)
+    return _Known(same) if kind is nn.AvgPool2d else same
 
 
 def absorbs(module: nn.Module, before: nn.Module) -> bool:

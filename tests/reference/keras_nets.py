@@ -9,6 +9,7 @@ import os
 import pathlib
 import re
 import tempfile
+import types
 from collections.abc import Callable, Mapping
 from typing import Any
 from unittest import mock
@@ -18,6 +19,7 @@ os.environ.setdefault("KERAS_BACKEND", "jax")
 import jax
 import keras
 import numpy as np
+from keras.src.applications import nasnet
 
 from jaxft import nets, preprocess
 from tests.reference import densenet_scale, googlenet, inception_v3_v02, inception_v4, resnet_scale, resnet_v02
@@ -37,6 +39,19 @@ def _published(application: Callable[..., keras.Model]) -> Callable[..., keras.M
 
 
 V2 = ("B0", "B1", "B2", "B3", "S", "M", "L")
+
+
+def _nasnet(application: Callable[..., keras.Model]) -> Callable[..., keras.Model]:
+    """A NASNet, which Keras refuses to make in PyTorch, though its graph can be read there."""
+
+    def build(**arguments: Any) -> keras.Model:
+        own = {name: getattr(nasnet.backend, name) for name in dir(nasnet.backend)}
+        with mock.patch.object(nasnet, "backend", types.SimpleNamespace(**own | {"backend": lambda: "jax"})):
+            return application(**arguments)
+
+    return build
+
+
 NEXT = ("Tiny", "Small", "Base", "Large", "XLarge")
 APPLICATIONS = {
     "vgg16": keras.applications.VGG16,
@@ -57,8 +72,8 @@ APPLICATIONS = {
     "mobilenet_v2": keras.applications.MobileNetV2,
     "mobilenet_v3_small": keras.applications.MobileNetV3Small,
     "mobilenet_v3_large": keras.applications.MobileNetV3Large,
-    "nasnet_mobile": keras.applications.NASNetMobile,
-    "nasnet_large": keras.applications.NASNetLarge,
+    "nasnet_mobile": _nasnet(keras.applications.NASNetMobile),
+    "nasnet_large": _nasnet(keras.applications.NASNetLarge),
     **{f"efficientnet_b{i}": _published(getattr(keras.applications, f"EfficientNetB{i}")) for i in range(8)},
     **{f"efficientnet_v2_{x.lower()}": getattr(keras.applications, f"EfficientNetV2{x}") for x in V2},
     **{f"convnext_{x.lower()}": getattr(keras.applications, f"ConvNeXt{x}") for x in NEXT},
