@@ -22,7 +22,8 @@ from jaxft.kernels import of_cpu
 from jaxft.kernels.conv import Pads, explicit_pads, windows
 
 Pair = tuple[int, ...]
-NOWHERE = 255  # the place of no pixel
+NOWHERE = 255  # the place of no pixel, as where all are NaN
+NO_PLACE = 254  # which no window has
 
 
 def max_pool(
@@ -74,7 +75,18 @@ def _forward(x, window, strides, pads):
 
 def _backward(window, strides, pads, saved, dy):
     place, like = saved
-    sides = like.shape[1:]
+    shape = (len(dy), *like.shape[1:], dy.shape[3])
+    gradient = functools.partial(_gradient, window, strides, pads, shape)
+    # XLA's CPU backend would compute what makes dy again for each of the windows that meet in a pixel, and drops
+    # barriers before it fuses. What a branch takes is computed once. That the condition always holds it cannot know.
+    return (lax.cond(place.ravel()[0] != NO_PLACE, gradient, lambda *_: jnp.zeros(shape, dy.dtype), place, dy),)
+
+
+def _gradient(
+    window: Pair, strides: Pair, pads: Pads, shape: tuple[int, ...], place: jax.Array, dy: jax.Array
+) -> jax.Array:
+    """That of images of a shape [B, H, W, C] whose largest pixels lie at such places of the windows, from dy."""
+    sides = shape[1:3]
     # Pixel s·q + a of an axis, 0 ≤ a < s, lies in the windows q - d, d = 0, 1, …, at place a + s·d of each.
     blocks = [-(-(side + sum(pad)) // s) for side, pad, s in zip(sides, pads, strides, strict=True)]
     reach = [-(-k // s) for k, s in zip(window, strides, strict=True)]
@@ -91,7 +103,7 @@ def _backward(window, strides, pads, saved, dy):
             total += jnp.where(here, shift(dy, np.zeros((), dy.dtype))[:, :, None, :, None], 0)
     padded = total.reshape(len(dy), *(n * s for n, s in zip(blocks, strides, strict=True)), -1)
     rows, columns = (slice(low, low + side) for side, (low, _) in zip(sides, pads, strict=True))
-    return (padded[:, rows, columns],)
+    return padded[:, rows, columns]
 
 
 _pool.defvjp(_forward, _backward)
