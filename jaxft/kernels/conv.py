@@ -144,16 +144,18 @@ def _shares(images: int) -> int:
     return devices if images % devices == 0 else 1
 
 
-def _chunks(x: jax.Array, pixels: int, least: int = 1) -> jax.Array:
+def _chunks(x: jax.Array, pixels: int, least: int = 1, parts: int = 1) -> jax.Array:
     """x [B, H, W, C] → [chunks, images, H, W, C], where an image counts as so many pixels; x itself if images is 1.
 
-    So many images as CHUNK_PIXELS come to, or the least, or fewer, if that does not divide the batch.
+    So many images as CHUNK_PIXELS come to, but no more than leave so many parts, or the least, or fewer, if that does
+    not divide the batch.
 
     Each of several devices has its own images in every chunk, [chunks, devices, images, H, W, C]: a chunk that lies on
     one device alone would have to be sent to all the others.
     """
     shares = _shares(len(x))
-    own, most = len(x) // shares, max(CHUNK_PIXELS // pixels, least)
+    own = len(x) // shares
+    most = max(min(CHUNK_PIXELS // pixels, own // parts), least)
     images = max(n for n in range(1, most + 1) if own % n == 0)
     if shares > 1:
         return x.reshape(shares, -1, images, *x.shape[1:]).swapaxes(0, 1)
@@ -179,8 +181,12 @@ def _by_chunks(function: Callable[[jax.Array], jax.Array], x: jax.Array, pixels:
 def sum_by_chunks(
     function: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, dy: jax.Array, least: int = 1
 ) -> jax.Array:
-    """function(x, dy), a sum over images, by chunks of so many at least; over devices once, at the end."""
-    chunks = [_chunks(images, math.prod(dy.shape[1:3]), least) for images in (x, dy)]
+    """function(x, dy), a sum over images, by chunks of so many at least; over devices once, at the end.
+
+    In two chunks where one would do: XLA takes a loop of one turn apart, and then computes what makes dy again for each
+    place where the function reads it.
+    """
+    chunks = [_chunks(images, math.prod(dy.shape[1:3]), least, parts=2) for images in (x, dy)]
 
     def of(x: jax.Array, dy: jax.Array) -> jax.Array:
         if x.ndim == 5:
