@@ -66,8 +66,10 @@ def jaxft(job: Job, facts: dict[str, Any]) -> Step:
     import jax
     import jax.numpy as jnp
 
-    from jaxft import nets, optim, port_weights, task, train, train_state
+    from jaxft import memory, nets, optim, port_weights, task, train, train_state
     from jaxft.phase import Phase
+
+    memory.give_back_after_compiling()  # as `finetune` does
 
     row = nets.spec(job.net)
     options = without_dropout(job.net)

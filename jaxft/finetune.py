@@ -81,6 +81,7 @@ def finetune(
     runs.require_writable(run.folder)
     record = runs.record(model, task, train, held_out, phases, run, config)
     keep_programs()
+    memory.give_back_after_compiling()
     goal = dataclasses.replace(
         model,
         task=task,

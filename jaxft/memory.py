@@ -1,5 +1,7 @@
-"""How much memory a train step takes, from shapes alone, and the batch that fits."""
+"""How much memory a train step takes, from shapes alone, the batch that fits, and what compilation leaves behind."""
 
+import ctypes
+import functools
 import os
 import pathlib
 from typing import Any
@@ -16,6 +18,8 @@ from jaxft.task import Task
 SHARE = 0.8  # of the free memory that a step may take
 PROCESS = 1000 * 2**20  # bytes: what Python, JAX and compilation hold beside
 WORKING = 5  # times the largest array of the forward pass, for the operation that is under way
+COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX's event at the end of a compilation
+LONG = 1.0  # seconds of a compilation that takes much memory
 CGROUPS = ("memory.max", "memory/memory.limit_in_bytes"), ("memory.current", "memory/memory.usage_in_bytes")
 
 
@@ -75,6 +79,23 @@ def step_bytes(model: Model, task: Task, phase: Phase, inputs: Inputs, batch_siz
     forward = jax.make_jaxpr(logits)(state.params, state.batch_stats, images)
     largest = max(_bytes(variable.aval) for equation in forward.eqns for variable in equation.outvars)
     return _bytes(state) + _bytes(state.params) + _bytes(residuals) + WORKING * largest + PROCESS
+
+
+@functools.cache
+def give_back_after_compiling() -> None:
+    """From now on, memory that a compilation took is handed back to Linux when it ends, before the program runs.
+
+    XLA's compiler frees a gigabyte or two for a large net, which glibc would keep beside what the steps take: at batch
+    16 the peak of DenseNet-121's steps is 3.7 GB in place of 5.1, of GoogLeNet's 2.0 in place of 4.1. Other systems
+    are left as they are.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+
+    def ended(event: str, seconds: float, **_: Any) -> None:
+        if trim is not None and event == COMPILED and seconds > LONG:
+            trim(0)
+
+    jax.monitoring.register_event_duration_secs_listener(ended)
 
 
 def free_bytes() -> int | None:

@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -73,3 +76,36 @@ def test_a_containers_limit_counts(tmp_path, monkeypatch):
     assert free is not None and free <= 2147483648 - 1000000
     (tmp_path / "memory.max").write_text("max\n", encoding="ascii")
     assert memory.free_bytes() != free
+
+
+COMPILING = """
+import re, sys
+import jax, jax.numpy as jnp
+from jaxft import memory
+
+def held():
+    with open("/proc/self/status") as status:
+        return int(re.search(r"VmRSS:\\s+(\\d+)", status.read())[1])
+
+def long(x):
+    for i in range(60):
+        x = jnp.sort(jnp.sin(x) @ x) * i
+    return x
+
+if sys.argv[1] == "give_back":
+    memory.LONG = 0.0
+    memory.give_back_after_compiling()
+before = held()
+jax.jit(jax.grad(lambda x: long(x).sum())).lower(jnp.ones((8, 8))).compile()
+print(held() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
+def test_what_a_compilation_took_is_handed_back():
+    """Bug: the peak of a run is that of the compiler's memory and of the step's together."""
+    left = [
+        int(subprocess.run([sys.executable, "-c", COMPILING, how], capture_output=True, check=True).stdout)
+        for how in ("keep", "give_back")
+    ]
+    assert left[1] < 0.7 * left[0], left
