@@ -93,8 +93,8 @@ def computations(program: str) -> tuple[dict[str, Computation], str]:
         if head := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
             lines = found[head[2]] = []
             entry = head[2] if head[1] else entry
-        elif parts := re.match(r"\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z\-]*)\((.*?)\)(.*)$", line):
-            root, name, shape, kind, operands, rest = parts.groups()
+        elif parts := re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z\-]*)\((.*?)\)(.*)$", line):
+            name, shape, kind, operands, rest = parts.groups()
             taken = () if kind in ("parameter", "constant") else tuple(re.findall(r"%([\w.\-]+)", operands))
             lines.append(Operation(name, size(shape), kind, taken, rest))
     return {name: Computation(tuple(operations)) for name, operations in found.items()}, entry

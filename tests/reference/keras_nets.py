@@ -38,9 +38,6 @@ def _published(application: Callable[..., keras.Model]) -> Callable[..., keras.M
     return build
 
 
-V2 = ("B0", "B1", "B2", "B3", "S", "M", "L")
-
-
 def _nasnet(application: Callable[..., keras.Model]) -> Callable[..., keras.Model]:
     """A NASNet, which Keras refuses to make in PyTorch, though its graph can be read there."""
 
@@ -52,6 +49,7 @@ def _nasnet(application: Callable[..., keras.Model]) -> Callable[..., keras.Mode
     return build
 
 
+V2 = ("B0", "B1", "B2", "B3", "S", "M", "L")
 NEXT = ("Tiny", "Small", "Base", "Large", "XLarge")
 APPLICATIONS = {
     "vgg16": keras.applications.VGG16,
